@@ -1,0 +1,80 @@
+"""Pruning methods that ``torch.nn.utils.prune`` does not have, in its own calls, hooks, buffers and containers."""
+
+from torchprune_ext import criteria, masks, patterns, selection
+from torchprune_ext.discovery import bn_pairs, prunable_parameters
+from torchprune_ext.functional import (
+    bn_scaling,
+    every_other,
+    gradient_magnitude,
+    kernel_ln,
+    nm_structured,
+    obd_saliency,
+    threshold,
+    vector_ln,
+)
+from torchprune_ext.global_pruning import (
+    global_bn_scaling,
+    global_gradient_magnitude,
+    global_kernel_ln,
+    global_ln_structured,
+    global_nm_structured,
+    global_obd_saliency,
+    global_unstructured,
+    global_vector_ln,
+)
+from torchprune_ext.lifecycle import pruned_parameters, remove, remove_all, undo, undo_all
+from torchprune_ext.methods import (
+    BNScaling,
+    EveryOther,
+    GradientMagnitude,
+    KernelLn,
+    NMStructured,
+    OBDSaliency,
+    Threshold,
+    VectorLn,
+)
+from torchprune_ext.patterns import NM, Channel, Kernel, Vector
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "BNScaling",
+    "Channel",
+    "EveryOther",
+    "GradientMagnitude",
+    "Kernel",
+    "KernelLn",
+    "NMStructured",
+    "OBDSaliency",
+    "Threshold",
+    "Vector",
+    "VectorLn",
+    "bn_pairs",
+    "bn_scaling",
+    "criteria",
+    "every_other",
+    "global_bn_scaling",
+    "global_gradient_magnitude",
+    "global_kernel_ln",
+    "global_ln_structured",
+    "global_nm_structured",
+    "global_obd_saliency",
+    "global_unstructured",
+    "global_vector_ln",
+    "gradient_magnitude",
+    "kernel_ln",
+    "masks",
+    "nm_structured",
+    "obd_saliency",
+    "patterns",
+    "prunable_parameters",
+    "pruned_parameters",
+    "remove",
+    "remove_all",
+    "selection",
+    "threshold",
+    "undo",
+    "undo_all",
+    "vector_ln",
+]

@@ -1,0 +1,277 @@
+"""What the global calls share: the list, the budget, and the way from scores to installed masks."""
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_ext._checks import check_amount, check_finite, check_order, check_scores, errors_about, resolve_amount
+from torchprune_ext._host import Target, install, targets_of
+from torchprune_ext._ranks import Ranks
+from torchprune_ext.masks import entry_mask, unit_mask, unit_scores
+from torchprune_ext.methods import Method
+from torchprune_ext.patterns import Channel, Kernel, Vector
+from torchprune_ext.selection import ALONE, CHUNK, Cut, Scores, kept, select_with_floors
+
+Params = Iterable[tuple[nn.Module, str]]
+PerParameter = Mapping[tuple[nn.Module, str], Tensor]
+Normalize = Literal["mean", "max", "sum"]
+
+
+class GlobalPruning(Method):
+    """History entry of a global call: its name and arguments, e.g. ``global_unstructured(amount=0.8, min_keep=1)``.
+
+    The mask came from a budget over many tensors, so one tensor alone cannot repeat it: driven by the host, this
+    method keeps the mask that is there.
+
+    Args:
+        call: name of the function.
+        **arguments: its arguments, without tensors.
+    """
+
+    PRUNING_TYPE = "global"
+
+    def __init__(self, call: str, **arguments: Any) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __repr__(self) -> str:
+        """Return the call."""
+        return f"{self.call}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
+        """Return ``default_mask``."""
+        return torch.ones_like(t) if default_mask is None else default_mask.clone()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many units of the whole list go, and how many of each tensor stay at least."""
+
+    amount: float | None
+    target_sparsity: float | None
+    min_keep: float
+
+    def check(self) -> None:
+        """Raise unless the arguments are of the right types and in range."""
+        if (self.amount is None) == (self.target_sparsity is None):
+            raise TypeError(
+                f"amount={self.amount!r}, target_sparsity={self.target_sparsity!r}: pass exactly one of them. "
+                "amount counts from what is left, target_sparsity from nothing pruned."
+            )
+        if self.amount is not None:
+            check_amount(self.amount)
+        elif isinstance(self.target_sparsity, bool) or not isinstance(self.target_sparsity, numbers.Real):
+            raise TypeError(f"target_sparsity={self.target_sparsity!r} is no number. Pass a fraction in [0, 1].")
+        elif not 0 <= self.target_sparsity <= 1:
+            raise ValueError(f"target_sparsity={self.target_sparsity!r} is no fraction. Pass a number in [0, 1].")
+        check_amount(self.min_keep, "min_keep")
+
+    def count(self, alive: int, total: int, units: str) -> int:
+        """Return how many of the ``alive`` units go, of ``total`` with those pruned already."""
+        if self.amount is not None:
+            return resolve_amount(self.amount, alive, units)
+        goal = round((self.target_sparsity or 0.0) * total)
+        if goal < total - alive:
+            raise ValueError(
+                f"target_sparsity={self.target_sparsity!r} is less than the {(total - alive) / total:.4f} that is "
+                f"pruned already ({total - alive} of {total} {units}). Pass a larger one, or undo_all() first."
+            )
+        return goal - (total - alive)
+
+    def floor(self, alive: int, total: int) -> int:
+        """Return how many of one tensor's units stay at least."""
+        least = self.min_keep if isinstance(self.min_keep, numbers.Integral) else math.ceil(self.min_keep * total)
+        return min(int(least), alive)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the history tells of this."""
+        asked = {"amount": self.amount} if self.amount is not None else {"target_sparsity": self.target_sparsity}
+        return {**asked, "min_keep": self.min_keep}
+
+    def asked(self) -> str:
+        """Return what was asked for, for errors."""
+        return ", ".join(f"{key}={value!r}" for key, value in self.arguments().items())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Listed:
+    """A tensor of the list, and the other places where the same tensor stands in it."""
+
+    place: int
+    target: Target
+    aliases: tuple[Target, ...]
+
+    @property
+    def where(self) -> str:
+        return f"params[{self.place}], {self.target.where}"
+
+    def everywhere(self) -> tuple[Target, ...]:
+        return (self.target, *self.aliases)
+
+
+def groups_of(params: Params) -> list[Listed]:
+    """Return the tensors of ``params``, each once; what is pruned under any of its names counts as pruned."""
+    same: dict[int, list[tuple[int, Target]]] = {}
+    for place, target in targets_of(params).items():
+        same.setdefault(id(target.parameter), []).append((place, target))
+    groups = []
+    for (place, target), *others in same.values():
+        masks = [t.mask for t in (target, *(t for _, t in others)) if t.mask is not None]
+        mask = None
+        for other in masks:
+            mask = other if mask is None or mask is other else mask * other.to(mask.dtype)
+        aliases = tuple(replace(alias, mask=mask) for _, alias in others)
+        groups.append(Listed(place, replace(target, mask=mask), aliases))
+    return groups
+
+
+def refuse_empty(groups: Sequence[Listed]) -> None:
+    """Raise ``ValueError`` if no tensor is listed."""
+    if not groups:
+        raise ValueError("params=[] lists no tensor. Pass (module, name) pairs, e.g. of prunable_parameters(model).")
+
+
+def prune(
+    call: str,
+    params: Params,
+    budget: Budget,
+    units: str,
+    score: Callable[[Target], Scores],
+    spread: Callable[[Target, Scores, Cut], Iterable[tuple[Target, Tensor]]],
+    process_group: Any = None,
+    reduce: str | None = None,
+    **arguments: Any,
+) -> None:
+    """Score all tensors, spend the budget on all units, spread each cut into masks, and install all or nothing."""
+    ranks = Ranks(process_group)
+    with ranks.together():
+        budget.check()
+        if reduce not in (None, "mean") or (reduce and process_group is None):
+            raise ValueError(f"reduce={reduce!r} must be None, or 'mean' together with a process_group.")
+        groups = groups_of(params)
+        if process_group is None:
+            refuse_empty(groups)
+        parts = []
+        for listed in groups:
+            with errors_about(listed.where):
+                parts.append(score(listed.target))
+    double = ranks.total(sum(part.dtype == torch.float64 for part in parts))
+    parts = [replace(part, dtype=torch.float64 if double else torch.float32) for part in parts]
+    if reduce:
+        parts = [replace(p, inputs=(*p.inputs[:-1], ranks.mean(p.inputs[-1].to(p.dtype)))) for p in parts]
+    cuts = _cuts(budget, parts, units, ALONE if reduce else ranks)
+    with ranks.together():
+        masks = [
+            (target, mask, arguments)
+            for listed, part, cut in zip(groups, parts, cuts, strict=True)
+            for each, mask in spread(listed.target, part, cut)
+            for target in (listed.everywhere() if each is listed.target else (each,))
+        ]
+    if reduce and len(set(ranks.counts(_digest(mask for _, mask, _ in masks)))) > 1:
+        raise RuntimeError("reduce='mean': the masks differ between ranks, so weights or earlier masks do. Sync them.")
+    install_all(call, budget, masks)
+
+
+def _cuts(budget: Budget, parts: Sequence[Scores], units: str, ranks: Ranks) -> list[Cut]:
+    """Return the cuts that spend ``budget`` on the ``parts`` of all ranks."""
+    alive = [part.count_alive() for part in parts]
+    floors = [budget.floor(left, len(part)) for left, part in zip(alive, parts, strict=True)]
+    total, left, floor = ranks.sum(torch.tensor([sum(map(len, parts)), sum(alive), sum(floors)])).tolist()
+    k = budget.count(left, total, units)
+    if k > left - floor:
+        raise ValueError(
+            f"{budget.asked()}: {k} {units} of {left} are to go, but the floors of the tensors add up to {floor}. "
+            "Ask for less, or pass a smaller min_keep; min_keep=0 lets whole tensors be emptied."
+        )
+    return select_with_floors(parts, k, floors, ranks)
+
+
+def install_all(call: str, budget: Budget, masks: Sequence[tuple[Target, Tensor, dict[str, Any]]]) -> None:
+    """Install finished masks with a readable history, and name the tensors that are emptied."""
+    emptied = [t.where for t, mask, _ in masks if not budget.min_keep and mask.numel() and not mask.any()]
+    if emptied:
+        warnings.warn(f"{call}: min_keep={budget.min_keep!r} let be emptied: {'; '.join(emptied)}.", stacklevel=4)
+    install([(target, GlobalPruning(call, **budget.arguments(), **extra), mask) for target, mask, extra in masks])
+
+
+def spread_entries(target: Target, part: Scores, cut: Cut) -> Iterator[tuple[Target, Tensor]]:
+    yield target, entry_mask(part, cut, target.parameter)
+
+
+def prune_units(
+    call: str,
+    params: Params,
+    budget: Budget,
+    pattern: Vector | Kernel | Channel,
+    n: float,
+    importance_scores: PerParameter | None,
+    normalize: str | None,
+    process_group: Any,
+    **arguments: Any,
+) -> None:
+    """Prune units of one kind by their normalized norms."""
+    check_order(n)
+    if normalize not in (None, "mean", "max", "sum"):
+        raise ValueError(f"normalize={normalize!r} is unknown. Pass 'mean', 'max', 'sum' or None.")
+
+    def score(target: Target) -> Scores:
+        scores = weights_or_scores(importance_scores, target)
+        part = unit_scores(scores, pattern, n, target.mask)
+        [norms] = part.inputs
+        return replace(part, inputs=(_normalized(norms, normalize, n, scores.numel() // max(len(norms), 1)),))
+
+    def spread(target: Target, part: Scores, cut: Cut) -> Iterator[tuple[Target, Tensor]]:
+        yield target, unit_mask(kept(part, cut), pattern, target.parameter, target.mask)
+
+    prune(call, params, budget, pattern.units, score, spread, process_group, n=n, **arguments, normalize=normalize)
+
+
+def _normalized(norms: Tensor, normalize: str | None, n: float, entries: int) -> Tensor:
+    """Return ``norms`` of units of ``entries`` entries each, made comparable across tensors."""
+    if normalize is None or not norms.numel():
+        return norms
+    if normalize == "mean":
+        return norms / (max(entries, 1) if n == 0 else entries ** (1 / n) if entries else 1)
+    scale = norms.max() if normalize == "max" else norms.sum()
+    return norms / scale if scale > 0 else norms
+
+
+def weights_or_scores(importance_scores: PerParameter | None, target: Target) -> Tensor:
+    """Return the given scores of ``target``, or its weights."""
+    if importance_scores is not None:
+        return scores_for(importance_scores, target)
+    check_finite(target.name, target.parameter)
+    return target.parameter.detach()
+
+
+def scores_for(importance_scores: PerParameter, target: Target) -> Tensor:
+    scores = listed_for("importance_scores", importance_scores, target)
+    check_scores("importance_scores", scores, target.parameter.shape)
+    return scores.detach().to(target.parameter.device)
+
+
+def listed_for(param: str, tensors: PerParameter, target: Target) -> Tensor:
+    """Return what ``tensors``, the caller's ``param``, hold for ``target``."""
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"{param} is a {type(tensors).__name__}. Pass a dictionary {{(module, name): tensor}}.")
+    if (target.module, target.name) not in tensors:
+        raise ValueError(
+            f"{param} has no entry for this tensor, and no other score could be compared with the given ones. "
+            f"Add {param}[module, {target.name!r}], or leave the tensor out of params."
+        )
+    return tensors[target.module, target.name]
+
+
+def _digest(masks: Iterable[Tensor]) -> int:
+    """Return a number that differs, in all likelihood, where any mask differs."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros((), dtype=torch.int64)
+    for mask in masks:
+        for chunk in (mask != 0).reshape(-1).cpu().split(CHUNK):
+            total += torch.randint(-(2**63), 2**63 - 1, chunk.shape, generator=generator)[chunk].sum()
+    return int(total)

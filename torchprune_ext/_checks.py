@@ -1,0 +1,110 @@
+"""Checks of what users pass in, and the wording of the errors, shared by all modules.
+
+The functions that compute know nothing of modules and names; they say what is wrong with a value. The call that
+does know wraps them in :func:`errors_about`, which puts the name and shape in front. So each message names the
+tensor, the parameter, its value, the reason and the remedy, and no function carries a label around.
+"""
+
+import math
+import numbers
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@contextmanager
+def errors_about(where: str) -> Iterator[None]:
+    """Prefix every ``ValueError`` and ``TypeError`` raised inside with ``where``, e.g. ``Linear.weight of ...``."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if type(error) not in (ValueError, TypeError):
+            raise  # a subclass may carry more than a message
+        raise type(error)(f"{where}: {error}") from error
+
+
+def check_amount(amount: float, param: str = "amount") -> None:
+    """Raise unless ``amount``, the caller's ``param``, is a float fraction in [0, 1] or an int >= 0, as in native."""
+    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
+        raise TypeError(
+            f"{param}={amount!r} is a {type(amount).__name__}, neither a fraction (float) nor a number of units (int). "
+            f"Pass e.g. {param}=0.3 or {param}=12."
+        )
+    if isinstance(amount, numbers.Integral):
+        if amount < 0:
+            raise ValueError(f"{param}={amount!r} is a negative number of units. Pass an int >= 0.")
+    elif not 0 <= amount <= 1:  # False for NaN too
+        raise ValueError(
+            f"{param}={amount!r} is no fraction: a float must lie in [0, 1]. Pass an int for a number of units."
+        )
+
+
+def resolve_amount(amount: float, left: int, units: str) -> int:
+    """Return how many of the ``left`` unpruned ``units`` (plural noun) ``amount`` asks for; rounds as native does."""
+    check_amount(amount)
+    if not isinstance(amount, numbers.Integral):
+        return round(amount * left)
+    if amount > left:
+        raise ValueError(
+            f"amount={amount!r} asks for more than the {left} {units} not yet pruned. "
+            f"Pass an int of at most {left}, or a fraction (float) of what is left."
+        )
+    return int(amount)
+
+
+def check_whole(param: str, value: int, least: int) -> None:
+    """Raise unless ``value``, the caller's ``param``, is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{param}={value!r} is a {type(value).__name__}. Pass an int >= {least}.")
+    if value < least:
+        raise ValueError(f"{param}={value!r} is too small. Pass an int >= {least}.")
+
+
+def check_order(n: float) -> None:
+    """Raise unless ``n`` is an order that :func:`torch.linalg.vector_norm` takes."""
+    if isinstance(n, bool) or not isinstance(n, numbers.Real):
+        raise TypeError(f"n={n!r} is no order of a norm. Pass a number, e.g. n=1, n=2 or n=float('inf').")
+    if math.isnan(n):
+        raise ValueError(f"n={n!r} is no order of a norm. Pass a number, e.g. n=1, n=2 or n=float('inf').")
+
+
+def check_tensor(param: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Raise unless ``tensor``, the caller's ``param``, is real floating point, holds data and has ``shape``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{param} is a {type(tensor).__name__}. Pass a tensor of shape {tuple(shape)}.")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{param}.dtype={tensor.dtype} cannot be ranked. Use one of {', '.join(str(d) for d in FLOATS)}."
+        )
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{param}.shape={tuple(tensor.shape)} does not match: each entry of the tensor needs its own value. "
+            f"Pass {param} in the shape {tuple(shape)}."
+        )
+    if tensor.is_meta:
+        raise ValueError(f"{param}.device=meta holds no data to rank. Materialize the module first.")
+
+
+def check_finite(param: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` if ``tensor``, the caller's ``param``, holds a NaN or an infinity."""
+    if tensor.numel() and not all(math.isfinite(end) for end in torch.stack(tensor.detach().aminmax()).tolist()):
+        bad = int((~tensor.isfinite()).sum())
+        raise ValueError(
+            f"{param} has {bad} NaN or infinite entries of {tensor.numel()}, which have no rank. "
+            f"Find out where they come from (a diverged training run, an overflow), and pass finite values."
+        )
+
+
+def check_scores(param: str, scores: Tensor, shape: torch.Size) -> None:
+    """Raise unless ``scores``, the caller's ``param``, fit ``shape`` and are finite and >= 0."""
+    check_tensor(param, scores, shape)
+    check_finite(param, scores)
+    if scores.numel() and (least := float(scores.detach().amin())) < 0:
+        raise ValueError(
+            f"{param} has the negative entry {least:g}, but a score says how much an entry is worth: it must be >= 0. "
+            f"Pass {param}.abs() if the size is what counts, or shift the scores."
+        )

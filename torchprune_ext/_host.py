@@ -1,0 +1,242 @@
+"""How ``torch.nn.utils.prune`` stores pruning in a module: the only file that reads and writes that.
+
+A pruned tensor ``weight`` is a parameter ``weight_orig``, a buffer ``weight_mask``, an attribute ``weight`` that holds
+their product, and a forward-pre-hook that renews the product. Parameter and mask are the truth here; the hook and the
+attribute are made from them, so that a module whose hook was lost can still be pruned, restored and made permanent.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod, PruningContainer
+
+from torchprune_ext._checks import check_tensor, errors_about
+
+Table = dict[Any, Any] | list[Any] | set[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """One prunable tensor of a module.
+
+    Use :meth:`of` to make one.
+
+    Args:
+        module: the module that owns the tensor.
+        name: the tensor's name without suffix, e.g. ``"weight"``.
+        parameter: the dense values: ``module.weight``, or ``module.weight_orig`` once pruned.
+        mask: ``module.weight_mask``, or None if not pruned; what counts as pruned already.
+    """
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> "Target":
+        """Find tensor ``name`` of ``module``.
+
+        Raises:
+            TypeError: ``module`` is no module, ``name`` no string, or the tensor is not real floating point.
+            ValueError: ``name`` is no parameter of the module, or is on the meta device.
+        """
+        target = cls.found(module, name)
+        if target is None:
+            raise ValueError(f"{type(module).__name__}.{name}: {_why_not(module, name)}")
+        if isinstance(target.parameter, UninitializedParameter):
+            raise ValueError(f"{type(module).__name__}.{name} has no shape yet. Run one forward first, then prune.")
+        if hasattr(target.parameter, "device_mesh"):
+            raise ValueError(
+                f"{target.where} is a DTensor, already sharded over a device mesh, and the host's mask would not be. "
+                "Prune first, then call fully_shard or parallelize_module."
+            )
+        with errors_about(target.where):
+            check_tensor(name, target.parameter, target.parameter.shape)
+        return target
+
+    @classmethod
+    def found(cls, module: nn.Module, name: str) -> "Target | None":
+        """Find tensor ``name`` of ``module``; None if it is no parameter. Errors of type as in :meth:`of`."""
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module={module!r} is a {type(module).__name__}. Pass the torch.nn.Module to prune.")
+        if not isinstance(name, str):
+            raise TypeError(f"name={name!r} is a {type(name).__name__}. Pass the parameter's name, e.g. 'weight'.")
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            return cls(module, name, parameter, None)
+        parameter, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
+        return None if parameter is None or mask is None else cls(module, name, parameter, mask)
+
+    @property
+    def stored_name(self) -> str:
+        """Name of the parameter that holds the dense values."""
+        return self.name if self.module._parameters.get(self.name) is not None else f"{self.name}_orig"
+
+    @property
+    def where(self) -> str:
+        """The tensor in words, for errors: type of the module, name and shape."""
+        return f"{type(self.module).__name__}.{self.name} of shape {tuple(self.parameter.shape)}"
+
+    def weight(self) -> Tensor:
+        """Return the weights as the next forward will see them, detached: fresh, not the attribute of the last one."""
+        dense = self.parameter.detach()
+        return dense if self.mask is None else dense * self.mask.to(dense.dtype)
+
+    def hook(self) -> tuple[int | None, BasePruningMethod | None]:
+        """Return the pruning hook of the tensor and its key, or two None."""
+        for key, hook in self.module._forward_pre_hooks.items():
+            if isinstance(hook, BasePruningMethod) and hook._tensor_name == self.name:
+                return key, hook
+        return None, None
+
+
+def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -> dict[int, Target]:
+    """Find the tensors that ``params`` list, each once, keyed by their places in the list.
+
+    Raises:
+        TypeError: ``params``, the caller's ``param``, is no iterable of pairs, or as :meth:`Target.of`.
+        ValueError: as :meth:`Target.of`.
+    """
+    if isinstance(params, nn.Module) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"{param} is a {type(params).__name__}. Pass (module, name) pairs, e.g. [(model.fc1, 'weight')], or all "
+            "that prunable_parameters(model) or pruned_parameters(model) find."
+        )
+    found: dict[tuple[nn.Module, str], tuple[int, Target]] = {}
+    for place, pair in enumerate(params):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise TypeError(f"{param}[{place}]={pair!r} is no (module, name) pair, e.g. (model.fc1, 'weight').")
+        with errors_about(f"{param}[{place}]"):
+            target = Target.of(*pair)
+        found.setdefault((target.module, target.name), (place, target))
+    return dict(found.values())
+
+
+def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[BasePruningMethod]:
+    """Prune the targets with finished masks and put each method into the history, or change nothing.
+
+    Args:
+        masks: target, method and mask, which has the target's shape and dtype and drops what is dropped already.
+
+    Returns:
+        The hook of each target: the method, or the container that ends with it.
+    """
+    hooks = []
+    with all_or_nothing(target.module for target, _, _ in masks):
+        for target, method, mask in masks:
+            module, name = target.module, target.name
+            method._tensor_name = name
+            if target.stored_name == name:
+                _rename(module, name, f"{name}_orig")
+            key, earlier = target.hook()
+            hook = method if earlier is None else _stack(earlier, method)
+            module.register_buffer(f"{name}_mask", mask)
+            setattr(module, name, hook.apply_mask(module))
+            if key is None:
+                module.register_forward_pre_hook(hook)
+            else:
+                module._forward_pre_hooks[key] = hook
+            hooks.append(hook)
+    return hooks
+
+
+def uninstall(targets: Sequence[Target], *, keep_masked: bool) -> None:
+    """Turn pruned targets into plain parameters again, or change nothing.
+
+    Args:
+        targets: pruned targets.
+        keep_masked: multiply the parameter by its mask, else leave the dense values.
+    """
+    with all_or_nothing(target.module for target in targets):
+        for target in targets:
+            module, name = target.module, target.name
+            if keep_masked:
+                target.parameter.data = target.weight()
+            key, _ = target.hook()
+            if key is not None:
+                del module._forward_pre_hooks[key]
+            del module._buffers[f"{name}_mask"]
+            vars(module).pop(name, None)
+            _rename(module, f"{name}_orig", name)
+            setattr(module, name, target.parameter)  # lets modules that cache their weights, as LSTM does, know
+
+
+@contextmanager
+def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """On any exception, Ctrl-C too, put ``modules`` back to what they were: tensors, their order, buffers, hooks.
+
+    Does not restore what is written into a tensor, only which tensors there are and what ``data`` they point to.
+    """
+    before = [(module, _contents(module)) for module in dict.fromkeys(modules)]
+    try:
+        yield
+    except BaseException:
+        for module, (attributes, tables, data) in before:
+            _refill(vars(module), attributes)
+            for table, contents in tables:
+                _refill(table, contents)
+            for parameter, values in data:
+                parameter.data = values
+        raise
+
+
+def _contents(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Table, Table]], list[tuple[nn.Parameter, Tensor]]]:
+    """Return the attributes of ``module``, copies of those that are tables, and the data of its parameters."""
+    tables = [value for value in vars(module).values() if isinstance(value, (dict, list, set))]
+    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return dict(vars(module)), [(table, table.copy()) for table in tables], [(p, p.data) for p in parameters]
+
+
+def _refill(table: Table, contents: Table) -> None:
+    """Give ``table`` back its ``contents`` and their order."""
+    table.clear()
+    if isinstance(table, list):
+        table.extend(contents)
+    else:
+        table.update(contents)
+
+
+def _rename(module: nn.Module, old: str, new: str) -> None:
+    """Rename a parameter and keep its place among the others."""
+    items = [(new if key == old else key, value) for key, value in module._parameters.items()]
+    module._parameters.clear()
+    module._parameters.update(items)
+
+
+def _stack(earlier: BasePruningMethod, method: BasePruningMethod) -> PruningContainer:
+    """Return a new container with the methods of ``earlier`` and ``method``, and leave ``earlier`` as it is."""
+    history = [*earlier] if isinstance(earlier, PruningContainer) else [earlier]
+    container = PruningContainer(history[0])
+    for each in [*history[1:], method]:
+        container.add_pruning_method(each)
+    return container
+
+
+def _why_not(module: nn.Module, name: str) -> str:
+    """Return why tensor ``name`` of ``module`` cannot be pruned, and what can."""
+    kind = type(module).__name__
+    if is_parametrized(module, name):
+        parametrizations: Any = module.parametrizations
+        parts = [n for n, _ in parametrizations[name].named_parameters(recurse=False)]
+        # of weight_norm's two, the second holds the directions; a single one is simply called "original"
+        return (
+            f"name={name!r} is computed by a parametrization. "
+            f"Prune what it is computed from: module.parametrizations.{name}, {parts[-1]!r}."
+        )
+    sources = [n for n in (f"{name}_v", f"{name}_orig") if n in module._parameters]
+    if sources:
+        return (
+            f"name={name!r} is no parameter but computed at every forward, as weight_norm and spectral_norm do. "
+            f"Prune what it is computed from: {sources[0]!r}."
+        )
+    known = [n.removesuffix("_orig") for n, p in module.named_parameters(recurse=False)]
+    if name in module._parameters:
+        return f"name={name!r} is None in this {kind}. Choose one of {known}."
+    hint = f"Choose one of {known}." if known else "It has none of its own; pass the submodule that owns it."
+    return f"name={name!r} is no parameter of this {kind}. {hint}"

@@ -1,0 +1,140 @@
+"""One function per method, in the signature style of ``torch.nn.utils.prune``: prune in place, return the module."""
+
+from torch import Tensor, nn
+
+from torchprune_ext.methods import (
+    BNScaling,
+    EveryOther,
+    GradientMagnitude,
+    KernelLn,
+    NMStructured,
+    OBDSaliency,
+    Threshold,
+    VectorLn,
+)
+
+
+def nm_structured(
+    module: nn.Module,
+    name: str,
+    n: int,
+    m: int,
+    dim: int = 1,
+    *,
+    pad: bool = False,
+    importance_scores: Tensor | None = None,
+) -> nn.Module:
+    """Keep the ``n`` largest of every ``m`` consecutive entries along ``dim``; see :class:`.NMStructured`.
+
+    Example:
+        >>> import torch
+        >>> layer = nm_structured(torch.nn.Linear(8, 2), "weight", n=2, m=4)
+        >>> layer.weight_mask.sum(1)
+        tensor([4., 4.])
+    """
+    NMStructured.apply(module, name, n, m, dim, pad=pad, importance_scores=importance_scores)
+    return module
+
+
+def kernel_ln(
+    module: nn.Module, name: str, amount: float, n: float = 2, *, importance_scores: Tensor | None = None
+) -> nn.Module:
+    """Drop the convolution kernels of smallest Ln norm; see :class:`.KernelLn`.
+
+    Example:
+        >>> import torch
+        >>> conv = kernel_ln(torch.nn.Conv2d(3, 4, 5), "weight", amount=0.25)
+        >>> int(conv.weight_mask.sum())  # of 3 * 4 kernels with 25 entries, 3 went
+        225
+    """
+    KernelLn.apply(module, name, amount, n, importance_scores=importance_scores)
+    return module
+
+
+def vector_ln(
+    module: nn.Module,
+    name: str,
+    amount: float,
+    n: float = 2,
+    dim: int = -1,
+    *,
+    importance_scores: Tensor | None = None,
+) -> nn.Module:
+    """Drop the 1-D vectors along ``dim`` of smallest Ln norm; see :class:`.VectorLn`.
+
+    Example:
+        >>> import torch
+        >>> layer = vector_ln(torch.nn.Linear(3, 4), "weight", amount=1, dim=1)
+        >>> int(layer.weight_mask.sum())  # one row of three entries went
+        9
+    """
+    VectorLn.apply(module, name, amount, n, dim, importance_scores=importance_scores)
+    return module
+
+
+def gradient_magnitude(module: nn.Module, name: str, amount: float, *, grad: Tensor | None = None) -> nn.Module:
+    """Drop the entries whose loss gradient is smallest; see :class:`.GradientMagnitude`.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(3, 4)
+        >>> layer = gradient_magnitude(layer, "bias", 2, grad=torch.tensor([0.1, -0.3, 0.2, 0.0]))
+        >>> layer.bias_mask
+        tensor([0., 1., 1., 0.])
+    """
+    GradientMagnitude.apply(module, name, amount, grad=grad)
+    return module
+
+
+def obd_saliency(module: nn.Module, name: str, amount: float, hessian_diag: Tensor) -> nn.Module:
+    """Drop the entries whose deletion is predicted to raise the loss least; see :class:`.OBDSaliency`.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(3, 4)
+        >>> layer = obd_saliency(layer, "weight", 0.5, hessian_diag=torch.ones(4, 3))
+        >>> int(layer.weight_mask.sum())
+        6
+    """
+    OBDSaliency.apply(module, name, amount, hessian_diag)
+    return module
+
+
+def bn_scaling(module: nn.Module, name: str, amount: float, bn: nn.Module, *, paired: bool = True) -> nn.Module:
+    """Drop the output channels whose BatchNorm scale is smallest; see :class:`.BNScaling`.
+
+    Example:
+        >>> import torch
+        >>> conv, bn = torch.nn.Conv2d(3, 4, 5), torch.nn.BatchNorm2d(4)
+        >>> conv = bn_scaling(conv, "weight", amount=0.5, bn=bn)
+        >>> int((bn(conv(torch.ones(2, 3, 8, 8))) == 0).all((0, 2, 3)).sum())
+        2
+    """
+    BNScaling.apply(module, name, amount, bn, paired=paired)
+    return module
+
+
+def threshold(module: nn.Module, name: str, threshold: float, *, importance_scores: Tensor | None = None) -> nn.Module:
+    """Drop every entry whose score lies strictly below ``threshold``; see :class:`.Threshold`.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(3, 4)
+        >>> layer = threshold(layer, "weight", 0.3)
+        >>> bool((layer.weight_orig[layer.weight_mask == 0].abs() < 0.3).all())
+        True
+    """
+    Threshold.apply(module, name, threshold, importance_scores=importance_scores)
+    return module
+
+
+def every_other(module: nn.Module, name: str, step: int = 2, offset: int = 0) -> nn.Module:
+    """Drop every ``step``-th of the entries not yet pruned; see :class:`.EveryOther`.
+
+    Example:
+        >>> import torch
+        >>> every_other(torch.nn.Linear(3, 4), "bias", step=2, offset=1).bias_mask
+        tensor([1., 0., 1., 0.])
+    """
+    EveryOther.apply(module, name, step, offset)
+    return module

@@ -1,0 +1,172 @@
+"""What happens to pruned modules afterwards: find them, make pruning permanent, or take it back."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from torchprune_ext._host import Target, targets_of, uninstall
+
+
+def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield path, module and tensor name of all that is pruned in ``model``, by whatever method.
+
+    Args:
+        model: any module; one that occurs twice in it is visited once.
+
+    Yields:
+        The module's path, e.g. ``"features.3"`` (empty for ``model`` itself), the module, and the tensor's name
+        without suffix, e.g. ``"weight"``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> _ = prune.l1_unstructured(model[0], "weight", 0.5)
+        >>> [(path, name) for path, _, name in pruned_parameters(model)]
+        [('0', 'weight')]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} is a {type(model).__name__}. Pass a torch.nn.Module.")
+    for path, module in model.named_modules():
+        for stored in list(module._parameters):
+            name = stored.removesuffix("_orig")
+            if name != stored and Target.found(module, stored) is not None and _pruned(module, name) is not None:
+                yield path, module, name
+
+
+def remove(module: nn.Module, name: str) -> nn.Module:
+    """Make pruning permanent: ``weight`` becomes a plain parameter again, with zeros where it was pruned.
+
+    As :func:`torch.nn.utils.prune.remove`, but the order of the parameters stays. The parameter is the same object as
+    before pruning, so optimizers keep it; nothing holds its zeros any more once training goes on.
+
+    Args:
+        module: module with a pruned tensor.
+        name: the tensor's name without suffix, e.g. ``"weight"``.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: ``module`` is no module or ``name`` no string.
+        ValueError: the tensor is not pruned.
+
+    Example:
+        >>> from torchprune_ext import every_other
+        >>> layer = remove(every_other(nn.Linear(2, 2), "weight"), "weight")
+        >>> list(dict(layer.named_parameters())), int((layer.weight == 0).sum())
+        (['weight', 'bias'], 2)
+    """
+    uninstall([_only(module, name)], keep_masked=True)
+    return module
+
+
+def undo(module: nn.Module, name: str) -> nn.Module:
+    """Take pruning back: ``weight`` becomes a plain parameter again, with its dense values as trained so far.
+
+    Args:
+        module: module with a pruned tensor.
+        name: the tensor's name without suffix, e.g. ``"weight"``.
+
+    Returns:
+        The module; the parameter is the same object as before pruning.
+
+    Raises:
+        TypeError: ``module`` is no module or ``name`` no string.
+        ValueError: the tensor is not pruned.
+
+    Example:
+        >>> from torchprune_ext import every_other
+        >>> layer = nn.Linear(2, 2)
+        >>> weight, dense = layer.weight, layer.weight.detach().clone()
+        >>> layer = undo(every_other(layer, "weight"), "weight")
+        >>> layer.weight is weight, bool((layer.weight == dense).all())
+        (True, True)
+    """
+    uninstall([_only(module, name)], keep_masked=False)
+    return module
+
+
+def remove_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None = None) -> nn.Module:
+    """Make all pruning in ``model`` permanent, or none on any error; see :func:`remove`.
+
+    Args:
+        model: any module.
+        params: ``(module, name)`` pairs within ``model`` to restrict it to; by default everything that is pruned.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: ``model`` is no module, or a pair is no pair of a module and a string.
+        ValueError: nothing is pruned, or a pair is not pruned or not in the model.
+
+    Example:
+        >>> from torchprune_ext import every_other
+        >>> model = nn.Sequential(every_other(nn.Linear(2, 2), "weight"), every_other(nn.Linear(2, 2), "bias"))
+        >>> list(remove_all(model).state_dict())
+        ['0.weight', '0.bias', '1.weight', '1.bias']
+    """
+    uninstall(_all(model, params), keep_masked=True)
+    return model
+
+
+def undo_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None = None) -> nn.Module:
+    """Take all pruning in ``model`` back, or none on any error; see :func:`undo`.
+
+    Args:
+        model: any module.
+        params: ``(module, name)`` pairs within ``model`` to restrict it to; by default everything that is pruned.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: ``model`` is no module, or a pair is no pair of a module and a string.
+        ValueError: nothing is pruned, or a pair is not pruned or not in the model.
+
+    Example:
+        >>> from torchprune_ext import every_other
+        >>> model = nn.Sequential(every_other(nn.Linear(2, 2), "weight"), nn.ReLU())
+        >>> any((p == 0).any() for p in undo_all(model).parameters())
+        False
+    """
+    uninstall(_all(model, params), keep_masked=False)
+    return model
+
+
+def _pruned(module: nn.Module, name: str) -> Target | None:
+    target = Target.found(module, name)
+    return None if target is None or target.mask is None else target
+
+
+def _only(module: nn.Module, name: str) -> Target:
+    """Return tensor ``name`` of ``module``, or say why there is nothing to do."""
+    target = _pruned(module, name)
+    if target is None:
+        names = [known for path, _, known in pruned_parameters(module) if not path]
+        raise ValueError(
+            f"name={name!r} of {type(module).__name__} is not pruned. "
+            + (f"Pruned are: {names}." if names else "Nothing is pruned in it (its submodules left aside).")
+        )
+    return target
+
+
+def _all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None) -> list[Target]:
+    """Return the pruned tensors of ``model``, or those of ``params``, each once."""
+    found = {(module, name): path for path, module, name in pruned_parameters(model)}
+    if not found:
+        raise ValueError(f"model of type {type(model).__name__} has nothing pruned. Prune first, or skip this call.")
+    if params is None:
+        return [_only(module, name) for module, name in found]
+    targets = list(targets_of(params).values())
+    for target in targets:
+        _only(target.module, target.name)
+        if (target.module, target.name) not in found:
+            raise ValueError(
+                f"params holds {target.where}, which is no part of the model {type(model).__name__}. "
+                "Pass pairs of modules within the model."
+            )
+    return targets

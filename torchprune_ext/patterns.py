@@ -1,0 +1,151 @@
+"""What one prunable unit is, independent of how units are scored: frozen values that check themselves."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchprune_ext._checks import check_whole
+
+
+def _axis(dim: int, shape: torch.Size) -> int:
+    """Return ``dim`` counted from the front."""
+    if not -len(shape) <= dim < len(shape):
+        axes = f"0 to {len(shape) - 1}" if shape else "none"
+        raise ValueError(f"dim={dim!r} is no axis of the {len(shape)}-D shape {tuple(shape)}. Axes: {axes}.")
+    return dim % len(shape)
+
+
+def _check_dim(dim: int) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim={dim!r} is a {type(dim).__name__}. Pass an int.")
+
+
+@dataclass(frozen=True, slots=True)
+class NM:
+    """At most ``n`` entries kept in every ``m`` consecutive entries along ``dim``.
+
+    Args:
+        n: entries kept per group (count, ``0 < n <= m``).
+        m: group length (count).
+        dim: axis that the groups run along; 1 is the reduction axis of ``Linear`` and ``Conv2d``, as hardware wants.
+        pad: let a short last group count as filled up with zeros; otherwise ``m`` must divide the size of ``dim``.
+
+    Raises:
+        TypeError: ``n``, ``m`` or ``dim`` is no int.
+        ValueError: not ``0 < n <= m``.
+    """
+
+    n: int
+    m: int
+    dim: int = 1
+    pad: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_whole("n", self.n, 1)
+        check_whole("m", self.m, 1)
+        _check_dim(self.dim)
+        if self.n > self.m:
+            raise ValueError(
+                f"n={self.n}, m={self.m} is no N:M pattern: n entries are kept of m, so 0 < n <= m. "
+                f"Swap them for {self.m}:{self.n}, or pass e.g. n=2, m=4."
+            )
+
+    def axis(self, shape: torch.Size) -> int:
+        """Return the axis that the groups run along in ``shape``, counted from the front.
+
+        Raises:
+            ValueError: ``dim`` is no axis of ``shape``, or ``m`` does not divide its size and ``pad`` is off.
+        """
+        axis = _axis(self.dim, shape)
+        size = shape[axis]
+        if size % self.m and not self.pad:
+            divisors = [d for d in range(1, size + 1) if size % d == 0]
+            raise ValueError(
+                f"m={self.m} does not divide the {size} entries of dim={self.dim} in shape {tuple(shape)}. "
+                f"Choose m from {divisors}, or pass pad=True to let the short last group count as filled with zeros."
+            )
+        return axis
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A 1-D vector along ``dim``: all entries that differ in that index only.
+
+    Args:
+        dim: axis that the vectors run along; negative counts from the end.
+
+    Raises:
+        TypeError: ``dim`` is no int.
+    """
+
+    dim: int = -1
+
+    def __post_init__(self) -> None:
+        """Check the value."""
+        _check_dim(self.dim)
+
+    units = "vectors"
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return ``tensor`` and the axes that one unit spans in it."""
+        return tensor, (_axis(self.dim, tensor.shape),)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A convolution kernel ``weight[o, i]``: all entries that share their first two indices."""
+
+    units = "kernels"
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return ``tensor`` and the axes that one unit spans in it.
+
+        Raises:
+            ValueError: the tensor has no kernel axes.
+        """
+        if tensor.dim() < 3:
+            raise ValueError(
+                f"shape {tuple(tensor.shape)} has no kernels: weight[o, i] of a convolution has 1 to 3 more axes. "
+                "Use vector_ln for rows or columns (dim=1, dim=0), or gradient_magnitude and the like for entries."
+            )
+        return tensor, tuple(range(2, tensor.dim()))
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A slice across ``dim``: an output channel (filter) of a layer, or an input channel.
+
+    Args:
+        dim: axis that counts the channels.
+        groups: groups of a transposed convolution, whose output channel ``g * (channels / groups) + j`` is entry
+            ``j`` of ``dim`` in the ``g``-th of ``groups`` equal blocks along axis 0. 1 for everything else.
+    """
+
+    dim: int = 0
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _check_dim(self.dim)
+        check_whole("groups", self.groups, 1)
+
+    units = "channels"
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return a view of ``tensor`` and the axes that one unit spans in it.
+
+        Raises:
+            ValueError: ``dim`` is no axis of the tensor, or ``groups`` do not divide axis 0.
+        """
+        axis = _axis(self.dim, tensor.shape)
+        if self.groups == 1:
+            return tensor, tuple(a for a in range(tensor.dim()) if a != axis)
+        if axis == 0 or tensor.shape[0] % self.groups:
+            raise ValueError(
+                f"groups={self.groups} does not fit dim={self.dim} of shape {tuple(tensor.shape)}: groups split axis 0 "
+                "of a transposed convolution into equal blocks and count its channels on axis 1. Pass groups=1."
+            )
+        blocks = tensor.unflatten(0, (self.groups, -1))
+        return blocks, tuple(a for a in range(1, blocks.dim()) if a != axis + 1)
