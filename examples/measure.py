@@ -1,0 +1,47 @@
+"""Seconds and memory for the benchmarks: medians of alternating runs, peak memory in a fresh process."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+
+def seconds(calls: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Return the median seconds of each call; the calls alternate, so that a busy machine hits all alike."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()  # warm up
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - start)
+    return {name: median(times) for name, times in taken.items()}
+
+
+def extra_megabytes(call: Callable[[], object]) -> float:
+    """Return by how much ``call`` raised the peak of this process's resident memory, in MB (10**6 bytes).
+
+    Only on Linux, and only in a process that has done nothing large before.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _peak()
+    result = call()  # held until the peak is read: what the call leaves behind counts
+    extra = _peak() - before
+    del result
+    return extra
+
+
+def _peak() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+
+
+def in_fresh_process(script: str, *arguments: str) -> str:
+    """Run ``script`` with ``arguments`` in a new interpreter and return what it printed."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stderr}")
+    return done.stdout
