@@ -47,6 +47,12 @@ class Target:
             ValueError: ``name`` is no parameter of the module, or is on the meta device.
         """
         target = cls.found(module, name)
+        dense = name.removesuffix("_orig")
+        if dense != name and f"{dense}_mask" in module._buffers:
+            raise ValueError(
+                f"{type(module).__name__}.{name} holds the dense values of {dense!r}, which is pruned. "
+                f"Pass name={dense!r} to prune it further."
+            )
         if target is None:
             raise ValueError(f"{type(module).__name__}.{name}: {_why_not(module, name)}")
         if isinstance(target.parameter, UninitializedParameter):

@@ -261,7 +261,7 @@ class Threshold(Method):
 
     def _mask(self, target: Target, importance_scores: Tensor | None) -> Tensor:
         mask = super()._mask(target, importance_scores)
-        if mask.numel() and not mask.any():
+        if not mask.any() and (target.mask is None or target.mask.any()) and mask.numel():
             warnings.warn(
                 f"{target.where}: threshold={self.threshold!r} leaves nothing of it. Choose a lower threshold.",
                 UserWarning,

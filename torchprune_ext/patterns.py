@@ -46,6 +46,8 @@ class NM:
         check_whole("n", self.n, 1)
         check_whole("m", self.m, 1)
         _check_dim(self.dim)
+        if not isinstance(self.pad, bool):
+            raise TypeError(f"pad={self.pad!r} is a {type(self.pad).__name__}. Pass True or False.")
         if self.n > self.m:
             raise ValueError(
                 f"n={self.n}, m={self.m} is no N:M pattern: n entries are kept of m, so 0 < n <= m. "

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from torchprune_ext import criteria
 from torchprune_ext._checks import check_finite, check_tensor
@@ -89,7 +89,16 @@ def bn_masks(target: Target, bn: nn.Module, keep: Tensor, *, paired: bool) -> It
 
 
 def output_channels(target: Target) -> Channel:
-    """Return where ``target`` counts the output channels of its layer: axis 1 of a transposed convolution, else 0."""
+    """Return where ``target`` counts the output channels of its layer: axis 1 of a transposed convolution, else 0.
+
+    Raises:
+        TypeError: the layer is of a type that does not tell its output channels.
+    """
+    if not isinstance(target.module, (nn.Linear, _ConvNd)):
+        raise TypeError(
+            f"module is a {type(target.module).__name__}, whose output channels are not known. "
+            "Pass a Linear or a convolution; for other layers, prune with vector_ln and importance_scores."
+        )
     if isinstance(target.module, _ConvTransposeNd) and target.parameter.dim() > 1:
         return Channel(1, target.module.groups)
     return Channel()
