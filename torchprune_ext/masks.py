@@ -4,14 +4,18 @@ Every mask has the shape, dtype, device and memory format of the tensor it is ma
 ``default_mask`` is what earlier pruning left, None standing for all ones; a new mask never keeps what it has dropped.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from torchprune_ext._checks import check_finite
+from torchprune_ext._chunks import over_chunks
 from torchprune_ext.patterns import NM, Channel, Kernel, Vector
 from torchprune_ext.selection import DEAD, Cut, Scores, kept, score_dtype
 
@@ -111,8 +115,8 @@ def threshold_mask(scores: Scores, threshold: float, like: Tensor) -> Tensor:
         The mask.
     """
     flat = _flat(like)
-    for start, chunk in scores.chunks():
-        torch.ge(chunk, threshold, out=flat[start : start + len(chunk)])
+    for _, index in scores.chunks():
+        torch.ge(scores.at(index), threshold, out=flat[index])
     return finish(flat, like)
 
 
@@ -170,13 +174,19 @@ def nm_profile(scores: Tensor, pattern: NM, default_mask: Tensor | None = None) 
         >>> nm_profile(torch.tensor([[4.0, 1.0, 3.0, 5.0]]), NM(1, 2))
         Profile(entries=[0, 2, 4], total=[0.0, 9.0, 13.0])
     """
-    entries, total = torch.zeros(pattern.m, dtype=torch.int64), torch.zeros(pattern.m, dtype=torch.float64)
-    for _, groups, _ in _nm_chunks(scores, pattern, default_mask):
-        for place, values in enumerate(_descending(groups, range(pattern.m))):
-            alive = values >= 0  # dead places are negative
-            entries[place] += int(alive.count_nonzero())
-            total[place] += float(values.clamp_min(0).sum(dtype=torch.float64))
-    return Profile([0, *entries.cumsum(0).tolist()], [0.0, *total.cumsum(0).tolist()])
+    rows, alive = _rows(scores, pattern, default_mask)
+
+    def rank(chunk: slice) -> list[tuple[int, float]]:
+        ranked = _descending(_nm_groups(rows[chunk], alive, chunk, pattern.m), range(pattern.m))
+        # what is dead is negative
+        return [(int((v >= 0).count_nonzero()), float(v.clamp_min(0).sum(dtype=torch.float64))) for v in ranked]
+
+    entries, total = [0] * (pattern.m + 1), [0.0] * (pattern.m + 1)
+    for ranks in over_chunks(rank, _row_chunks(rows)):
+        for place, (number, score) in enumerate(ranks, start=1):
+            entries[place] += number
+            total[place] += score
+    return Profile(list(accumulate(entries)), list(accumulate(total)))
 
 
 def nm_mask(scores: Tensor, pattern: NM, default_mask: Tensor | None = None) -> Tensor:
@@ -203,13 +213,16 @@ def nm_mask(scores: Tensor, pattern: NM, default_mask: Tensor | None = None) -> 
     like = scores.detach() if default_mask is None else default_mask
     if pattern.n == pattern.m:
         return torch.ones_like(like) if default_mask is None else (default_mask != 0).to(like.dtype)
-    moved = scores.movedim(axis, -1)
-    flat = torch.empty(moved.shape, dtype=like.dtype, device=like.device)
-    rows = flat.view(-1, moved.shape[-1]) if flat.numel() else flat
-    for chunk, groups, alive in _nm_chunks(scores, pattern, default_mask):
-        keep = _keep_largest(groups, pattern.n).view(len(rows[chunk]), -1)[:, : rows.shape[1]]
-        rows[chunk] = keep if alive is None else keep.logical_and_(alive)
-    return finish(flat.movedim(-1, axis), like)
+    rows, alive = _rows(scores, pattern, default_mask)
+    out = torch.empty(rows.shape, dtype=like.dtype, device=like.device)
+
+    def write(chunk: slice) -> None:
+        keep = _keep_largest(_nm_groups(rows[chunk], alive, chunk, pattern.m), pattern.n)
+        keep = keep.view(len(out[chunk]), -1)[:, : rows.shape[1]]
+        out[chunk] = keep if alive is None else keep * (alive[chunk] != 0)
+
+    deque(over_chunks(write, _row_chunks(rows)), maxlen=0)
+    return finish(out.view(scores.movedim(axis, -1).shape).movedim(-1, axis), like)
 
 
 def _flat(like: Tensor) -> Tensor:
@@ -217,46 +230,53 @@ def _flat(like: Tensor) -> Tensor:
     return torch.empty(like.numel(), dtype=like.dtype, device=like.device)
 
 
-def _nm_chunks(
-    scores: Tensor, pattern: NM, default_mask: Tensor | None
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Yield the groups of some rows at a time, a row being what lies along the axis of ``pattern``.
+def _rows(scores: Tensor, pattern: NM, default_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return ``scores`` and ``default_mask`` as matrices whose rows lie along the axis of ``pattern``."""
+    axis = pattern.axis(scores.shape)
 
-    Yields:
-        Which rows; their groups, shape ``(number, m)``, with absolute scores where alive and negative values where
-        pruned or filled up; and which entries of the rows are alive, or None for all.
+    def matrix(tensor: Tensor) -> Tensor:
+        moved = tensor.detach().movedim(axis, -1)
+        return moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
+
+    return matrix(scores), None if default_mask is None else matrix(default_mask)
+
+
+def _row_chunks(rows: Tensor) -> list[slice]:
+    """Return chunks of whole rows, since the groups of one row may end in a short one."""
+    if not rows.numel():
+        return []
+    step = max(1, NM_CHUNK // rows.shape[1]) if rows.is_cpu else len(rows)
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+
+def _nm_groups(rows: Tensor, alive: Tensor | None, chunk: slice, m: int) -> Tensor:
+    """Return the groups of ``rows``, a ``chunk`` of all, for ranking.
+
+    Returns:
+        Shape ``(groups, m)``: absolute values where ``alive``, negative ones where dead or filled up.
     """
-    axis, m = pattern.axis(scores.shape), pattern.m
-    size = scores.shape[axis]
-    if not scores.numel():
-        return
-    rows = scores.detach().movedim(axis, -1).reshape(-1, size)
-    mask = None if default_mask is None else default_mask.movedim(axis, -1).reshape(-1, size)
-    dtype, short = score_dtype(scores), -size % m
-    # Each dead place gets a value of its own, so that nothing that is dropped anyhow makes a tie.
-    dead = DEAD - torch.arange(size + short, dtype=dtype, device=rows.device) % m
-    # Chunks are whole rows, since the groups of one row may end in a short one.
-    step = max(1, NM_CHUNK // size) if scores.is_cpu else len(rows)
-    for start in range(0, len(rows), step):
-        chunk = slice(start, start + step)
-        part = rows[chunk].to(dtype).abs()
-        alive = None if mask is None else mask[chunk] != 0
+    size = rows.shape[1]
+    short = -size % m
+    rows = rows.to(score_dtype(rows)).abs()
+    if alive is not None or short:
+        # Each dead place gets a value of its own, so that nothing that is dropped anyhow makes a tie.
+        dead = DEAD - torch.arange(size + short, dtype=rows.dtype, device=rows.device) % m
         if alive is not None:
-            part = torch.where(alive, part, dead[:size])
+            rows = torch.where(alive[chunk] != 0, rows, dead[:size])
         if short:
-            part = torch.cat((part, dead[size:].expand(len(part), -1)), dim=1)
-        yield chunk, part.reshape(-1, m), alive
+            rows = torch.cat((rows, dead[size:].expand(len(rows), -1)), dim=1)
+    return rows.reshape(-1, m)
 
 
 def _keep_largest(groups: Tensor, n: int) -> Tensor:
-    """Return which ``n`` entries of each row of ``groups`` are largest, the earlier of equal ones."""
+    """Return, as 0 and 1, which ``n`` entries of each row of ``groups`` are largest, the earlier of equal ones."""
     [least] = _descending(groups, (n - 1,))
     # Spelled out, as comparing with a broadcast column would run an inner loop of m entries only.
-    keep = groups >= least.unsqueeze(1).expand(groups.shape).contiguous()
+    keep = least.repeat_interleave(groups.shape[1]).view(groups.shape).le_(groups)
     if int(keep.count_nonzero()) > n * len(groups):  # ties at the n-th place
         tied = (keep.sum(1) > n).nonzero().squeeze(1)
         order = groups[tied].argsort(dim=1, descending=True, stable=True)
-        keep[tied] = keep.new_zeros(order.shape).scatter_(1, order[:, :n], True)
+        keep[tied] = keep.new_zeros(order.shape).scatter_(1, order[:, :n], 1.0)
     return keep
 
 

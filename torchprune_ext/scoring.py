@@ -43,8 +43,8 @@ def obd_scores(target: Target, hessian_diag: Tensor) -> Scores:
     hessian_diag = _on(target, "hessian_diag", hessian_diag)
     check_finite(target.name, target.parameter)
     scores = Scores.of(criteria.obd_saliency, target.parameter, hessian_diag, alive=target.mask)
-    for _, chunk in scores.chunks():
-        check_finite("hessian_diag * weight ** 2 / 2", chunk)  # finite factors can overflow
+    for _, index in scores.chunks():
+        check_finite("hessian_diag * weight ** 2 / 2", scores.at(index))  # finite factors can overflow
     return scores
 
 

@@ -12,12 +12,14 @@ Ties are part of the definition: among equal scores, the entry with the lower in
 lower rank, is kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torchprune_ext._chunks import over_chunks
 from torchprune_ext._ranks import Ranks
 
 SAMPLE = 65_536
@@ -71,11 +73,10 @@ class Scores:
         scores = self.criterion(*(tensor[index].to(self.dtype) for tensor in self.inputs))
         return scores if self.alive is None else scores.masked_fill(self.alive[index] == 0, DEAD)
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield ``(start, scores)`` for consecutive chunks."""
+    def chunks(self) -> list[tuple["Scores", slice]]:
+        """Return consecutive chunks, each as this and the indices of the chunk."""
         size = CHUNK if self.inputs[0].is_cpu else len(self) or 1  # elsewhere one launch beats staying in a cache
-        for start in range(0, len(self), size):
-            yield start, self.at(slice(start, start + size))
+        return [(self, slice(start, start + size)) for start in range(0, len(self), size)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,20 +167,29 @@ def kept(part: Scores, cut: Cut, *, out: Tensor | None = None) -> Tensor:
     """
     if out is None:
         out = part.inputs[0].new_empty(len(part), dtype=torch.bool)
-    for start, scores in part.chunks():
-        target = out[start : start + len(scores)]
-        ties = min(max(cut.position - start, 0), len(scores))  # equal scores before here stay
+
+    def write(chunk: tuple[Scores, slice]) -> None:
+        scores, target = part.at(chunk[1]), out[chunk[1]]
+        ties = _ties(cut, chunk[1].start, scores)
         torch.ge(scores[:ties], cut.value, out=target[:ties])
         torch.gt(scores[ties:], cut.value, out=target[ties:])
+
+    deque(over_chunks(write, part.chunks()), maxlen=0)
     return out
+
+
+def _ties(cut: Cut, start: int, scores: Tensor) -> int:
+    """Return how many of ``scores``, the chunk that begins at ``start``, are kept if they equal the cut."""
+    return min(max(cut.position - start, 0), len(scores))
 
 
 def _keeps(part: Scores, cut: Cut, floor: int) -> bool:
     """Return whether ``cut`` leaves at least ``floor`` entries of ``part``; looks no further than it must."""
-    for start, scores in part.chunks():
+    for _, index in part.chunks():
         if floor <= 0:
             break
-        ties = min(max(cut.position - start, 0), len(scores))
+        scores = part.at(index)
+        ties = _ties(cut, index.start, scores)
         floor -= int((scores[:ties] >= cut.value).count_nonzero()) + int((scores[ties:] > cut.value).count_nonzero())
     return floor <= 0
 
@@ -227,14 +237,16 @@ def _sample(parts: Sequence[Scores], total: int, ranks: Ranks) -> Tensor:
 
 def _scan(parts: Sequence[Scores], low: float, high: float) -> tuple[int, Tensor]:
     """Return how many scores are at most ``low``, and those strictly between ``low`` and ``high``."""
-    up_to_low, between = 0, [torch.empty(0, dtype=parts[0].dtype if parts else torch.float32)]
-    for part in parts:
-        for _, scores in part.chunks():
-            above = scores > low
-            up_to_low += len(scores) - int(above.count_nonzero())
-            found = scores[above.logical_and_(scores < high).nonzero().squeeze(1)]
-            between.append(found.cpu())
-    return up_to_low, torch.cat(between)
+
+    def scan(chunk: tuple[Scores, slice]) -> tuple[int, Tensor]:
+        scores = chunk[0].at(chunk[1])
+        above = scores > low
+        up_to_low = len(scores) - int(above.count_nonzero())
+        return up_to_low, scores[above.logical_and_(scores < high).nonzero().squeeze(1)].cpu()
+
+    found = list(over_chunks(scan, [chunk for part in parts for chunk in part.chunks()]))
+    none = torch.empty(0, dtype=parts[0].dtype if parts else torch.float32)
+    return sum(count for count, _ in found), torch.cat([none, *(between for _, between in found)])
 
 
 def _by_digits(scores: Tensor, rank: int, ranks: Ranks) -> tuple[float, int, int]:
@@ -261,16 +273,20 @@ def _by_digits(scores: Tensor, rank: int, ranks: Ranks) -> tuple[float, int, int
 
 def _count(parts: Sequence[Scores], compare: Callable[[Tensor, float], Tensor], value: float) -> int:
     """Return for how many scores ``compare(score, value)`` holds."""
-    return sum(int(compare(scores, value).count_nonzero()) for part in parts for _, scores in part.chunks())
+
+    def count(chunk: tuple[Scores, slice]) -> int:
+        return int(compare(chunk[0].at(chunk[1]), value).count_nonzero())
+
+    return sum(over_chunks(count, [chunk for part in parts for chunk in part.chunks()]))
 
 
 def _position_of_tie(part: Scores, value: float, count: int) -> tuple[int, int]:
     """Return the index behind the ``count``-th score equal to ``value``, or behind all, and how many were found."""
     found = 0
-    for start, scores in part.chunks():
-        equal = scores == value
+    for _, index in part.chunks():
+        equal = part.at(index) == value
         here = int(equal.count_nonzero())
         if found + here >= count:
-            return start + int(equal.nonzero()[count - found - 1]) + 1, count
+            return index.start + int(equal.nonzero()[count - found - 1]) + 1, count
         found += here
     return len(part), found
