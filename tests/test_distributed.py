@@ -5,7 +5,10 @@ Starting processes is slow, so each number of them is started once and goes thro
 
 import copy
 import datetime
+import functools
+import itertools
 import math
+import re
 import sys
 import warnings
 
@@ -22,10 +25,9 @@ import torchprune_ext as tpe
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()) or sys.platform == "win32", reason="needs gloo"
 )
-EVERYWHERE = {"min_keep": 0, "amount": 0.9}
 
 
-# -------------------------------------------------------------------------------------------- models, the same everywhere
+# ------------------------------------------------------------------------------- models, the same in every process
 
 
 def layers(*shapes, dtypes=(torch.float32,), levels=3, seed=0, died=0.0):
@@ -71,8 +73,8 @@ def scores_of(modules):
 
 def pairs_of(modules):
     norms = [nn.BatchNorm2d(layer.weight.shape[0]) for layer in modules]
-    for number, bn in enumerate(norms):
-        bn.weight.data = torch.arange(len(bn.weight)) * 3 % 4 * (1.0 - number % 2 * 0.5)
+    for layer, bn in zip(modules, norms, strict=True):
+        bn.weight.data = parameter(layer).detach().flatten(1).sum(1).float() % 2 - 1
     return list(zip(modules, norms, strict=True))
 
 
@@ -106,14 +108,20 @@ SPATIAL = ((3, 2, 3, 3), (4, 1, 1, 1), (2, 5, 2, 2), (6, 2, 1, 3), (1, 1, 1, 1))
 
 
 def both(call, make, rank, world, group, **budget):
-    """Call in one process on all modules and in all processes on shares of them; return what must be equal."""
+    """Call in one process on all modules and in all processes on shares of them; return masks that must be equal."""
     alone, together = make(), share(make(), rank, world)
+    before = Snapshot(*together)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what min_keep=0 lets be emptied
-        call(alone, **budget)
+        try:
+            call(alone, **budget)
+        except ValueError as refused:
+            with pytest.raises(ValueError, match=f"^{re.escape(str(refused))}$"):
+                call(together, process_group=group, **budget)
+            assert before.differences() == []
+            return []
         assert call(together, process_group=group, **budget) is None
     expected = share(alone, rank, world)
-    assert len(expected) == len(together)
     return [(mine.weight_mask, mask.weight_mask) for mine, mask in zip(together, expected, strict=True)]
 
 
@@ -121,30 +129,31 @@ def both(call, make, rank, world, group, **budget):
 
 
 def one_budget_over_all(rank, world, group):
-    for died in (0.0, 0.4):
-        for dtypes in (MIXED[:1], MIXED[:2], MIXED):  # in one of them, only some ranks hold double precision
-            for calls, shapes in ((CALLS, LINEAR), (CONVOLUTIONS, SPATIAL)):
-                if calls is CONVOLUTIONS and dtypes is MIXED:
-                    continue
-                make = lambda d=died, t=dtypes, s=shapes: layers(*s, dtypes=t, died=d)  # noqa: E731
-                for name, call in calls.items():
-                    for budget in BUDGETS:
-                        for mine, expected in both(call, make, rank, world, group, **budget):
-                            assert mine.dtype == expected.dtype
-                            assert torch.equal(mine, expected), (name, budget, died)
+    for died, dtypes in itertools.product((0.0, 0.4), (MIXED[:1], MIXED[:2], MIXED[2:3], MIXED)):
+        plan = [(name, LINEAR) for name in CALLS] + [(name, SPATIAL) for name in CONVOLUTIONS if dtypes is not MIXED]
+        for (name, shapes), budget in itertools.product(plan, BUDGETS):
+            call, make = {**CALLS, **CONVOLUTIONS}[name], functools.partial(layers, *shapes, dtypes=dtypes, died=died)
+            for mine, expected in both(call, make, rank, world, group, **budget):
+                assert mine.dtype == expected.dtype
+                assert torch.equal(mine, expected), (name, budget, died, dtypes)
 
 
 def empty_tensors_and_empty_ranks(rank, world, group):
-    shapes = ((0, 3), (2, 0), (4, 4), (0, 0), (3, 3), (1, 1))
+    make = functools.partial(layers, (0, 3), (2, 0), (4, 4), (0, 0), (3, 3), (1, 1))
     for budget in ({"amount": 0.5}, {"amount": 11, "min_keep": 3}):
-        for mine, expected in both(CALLS["magnitude"], lambda: layers(*shapes), rank, world, group, **budget):
+        for mine, expected in both(CALLS["magnitude"], make, rank, world, group, **budget):
             assert torch.equal(mine, expected)
-    only = layers((6, 6)) if rank == world - 1 else []  # all but one rank have nothing
-    alone = layers((6, 6))
-    tpe.global_unstructured(weights(alone), amount=0.5)
-    tpe.global_unstructured(weights(only), amount=0.5, process_group=group)
-    assert all(torch.equal(layer.weight_mask, alone[0].weight_mask) for layer in only)
     tpe.global_unstructured([], amount=0.5, process_group=group)  # nothing at all is nothing to do
+
+
+def only_one_rank_has_something(rank, world, group):
+    for full, dtype in itertools.product((0, world - 1), (torch.float32, torch.float64)):
+        for shape in ((6, 6), (700, 701)):  # collected as a whole, and by a sample
+            alone = layers(shape, dtypes=[dtype])
+            own = layers(shape, dtypes=[dtype]) if rank == full else []
+            tpe.global_unstructured(weights(alone), amount=0.5)
+            tpe.global_unstructured(weights(own), amount=0.5, process_group=group)
+            assert all(torch.equal(layer.weight_mask, alone[0].weight_mask) for layer in own)
 
 
 def double_precision_on_one_rank(rank, world, group):
@@ -164,17 +173,15 @@ def double_precision_on_one_rank(rank, world, group):
 
 def little_is_exchanged(rank, world, group):
     shapes = ((500, 401), (300, 1000), (7, 3), (511, 513), (400, 600))
-    for what, levels, died, budget, most in (
-        ("ties", 3, 0.0, {"amount": 0.6}, 600_000),
-        ("half dead", 5, 0.5, {"target_sparsity": 0.8}, 600_000),
-        ("no ties", 1 << 24, 0.0, {"amount": 0.8}, 600_000),
-        ("floors", 1 << 24, 0.0, {"amount": 0.8, "min_keep": 0.199}, 1_000_000),
+    for what, levels, died, budget, dtype in (
+        ("ties", 3, 0.0, {"amount": 0.6}, torch.float32),
+        ("ties", 3, 0.0, {"amount": 0.6, "min_keep": 0}, torch.float64),
+        ("half dead", 5, 0.5, {"target_sparsity": 0.8}, torch.float32),
+        ("no ties", 1 << 24, 0.0, {"amount": 0.8}, torch.float32),
+        ("floors", 1 << 24, 0.0, {"amount": 0.8, "min_keep": 0.199}, torch.float32),
     ):
-        for dtype, factor in ((torch.float32, 1), (torch.float64, 2)):
-            if factor == 2 and what != "ties":
-                continue
 
-            def make(n=levels, d=died, t=dtype):
+        def make(n=levels, d=died, t=dtype):
                 made = layers(*shapes, levels=n, died=d, dtypes=(t,))
                 for number, layer in enumerate(made):
                     parameter(layer).data *= 1 + number  # so that layers differ
@@ -322,9 +329,13 @@ def replicas_that_differ_are_refused(rank, world, group):
         assert before.differences() == []
 
     for bad in (0, world - 1):
-        modules = layers(*LINEAR, seed=rank == bad)  # other weights
-        refused(modules, tpe.global_obd_saliency, amount=0.5, hessian_diag=scores_of(layers(*LINEAR)) and {
-            pair: torch.ones_like(pair[0].weight) for pair in weights(modules)})  # fmt: skip
+        modules = layers(*LINEAR, seed=int(rank == bad))  # other weights
+        refused(
+            modules,
+            tpe.global_obd_saliency,
+            amount=0.5,
+            hessian_diag={pair: torch.ones_like(pair[0].weight) for pair in weights(modules)},
+        )
         modules = layers(*LINEAR)
         if rank == bad:  # other earlier masks: of one size, and of another
             prune.custom_from_mask(modules[0], "weight", (torch.arange(15) > 2).reshape(3, 5).float())
@@ -353,7 +364,7 @@ def groups_of_ranks_have_budgets_of_their_own(rank, world, group):
         if rank % 2 != remainder:
             continue
         for budget in BUDGETS:
-            make = lambda s=remainder: layers(*LINEAR, seed=s)  # noqa: E731
+            make = functools.partial(layers, *LINEAR, seed=remainder)
             pairs = both(CALLS["magnitude"], make, rank // 2, world // 2, groups[remainder], **budget)
             assert all(torch.equal(mine, expected) for mine, expected in pairs)
 
@@ -438,6 +449,7 @@ def sharded_models_are_refused_with_what_to_do(rank, world, group):
 SCENARIOS = (
     one_budget_over_all,
     empty_tensors_and_empty_ranks,
+    only_one_rank_has_something,
     double_precision_on_one_rank,
     little_is_exchanged,
     random_states_are_untouched,

@@ -91,7 +91,7 @@ def unit_mask(keep: Tensor, pattern: Vector | Kernel | Channel, like: Tensor, de
         default_mask: earlier mask.
 
     Returns:
-        The mask: units that are dropped hold zeros only, kept ones what ``default_mask`` left of them.
+        A mask where units that are dropped hold zeros only and kept ones what ``default_mask`` left of them.
     """
     mask = torch.ones_like(like, requires_grad=False)
     if default_mask is not None:
