@@ -2,15 +2,23 @@
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from torchprune_ext._checks import check_amount, check_finite, check_order, check_scores, errors_about, resolve_amount
+from torchprune_ext._checks import (
+    check_amount,
+    check_finite,
+    check_order,
+    check_scores,
+    errors_about,
+    resolve_amount,
+    warn,
+)
 from torchprune_ext._host import Target, install, targets_of
 from torchprune_ext._ranks import Ranks
 from torchprune_ext.masks import entry_mask, unit_mask, unit_scores
@@ -85,8 +93,9 @@ class Budget:
 
     def floor(self, alive: int, total: int) -> int:
         """Return how many of one tensor's units stay at least."""
-        least = self.min_keep if isinstance(self.min_keep, numbers.Integral) else math.ceil(self.min_keep * total)
-        return min(int(least), alive)
+        if isinstance(self.min_keep, numbers.Integral):
+            return min(int(self.min_keep), alive)
+        return min(math.ceil(Fraction(str(float(self.min_keep))) * total), alive)  # 0.55 of 100 is 55, not 56
 
     def arguments(self) -> dict[str, Any]:
         """Return what the history tells of this."""
@@ -130,10 +139,11 @@ def groups_of(params: Params) -> list[Listed]:
     return groups
 
 
-def refuse_empty(groups: Sequence[Listed]) -> None:
-    """Raise ``ValueError`` if no tensor is listed."""
+def refuse_empty(groups: Sequence[Listed], param: str = "params") -> None:
+    """Raise ``ValueError`` if the caller's ``param`` lists no tensor."""
     if not groups:
-        raise ValueError("params=[] lists no tensor. Pass (module, name) pairs, e.g. of prunable_parameters(model).")
+        source = "bn_pairs(model, inputs)" if param == "pairs" else "prunable_parameters(model)"
+        raise ValueError(f"{param}=[] lists nothing to prune. Pass what e.g. {source} finds.")
 
 
 def prune(
@@ -145,6 +155,8 @@ def prune(
     spread: Callable[[Target, Scores, Cut], Iterable[tuple[Target, Tensor]]],
     process_group: Any = None,
     reduce: str | None = None,
+    *,
+    param: str = "params",
     **arguments: Any,
 ) -> None:
     """Score all tensors, spend the budget on all units, spread each cut into masks, and install all or nothing."""
@@ -155,11 +167,13 @@ def prune(
             raise ValueError(f"reduce={reduce!r} must be None, or 'mean' together with a process_group.")
         groups = groups_of(params)
         if process_group is None:
-            refuse_empty(groups)
+            refuse_empty(groups, param)
         parts = []
         for listed in groups:
             with errors_about(listed.where):
                 parts.append(score(listed.target))
+    shapes = [tuple(listed.target.parameter.shape) for listed in groups] if reduce else "their own"
+    ranks.agree("the arguments", f"{call}({budget.asked()}, reduce={reduce!r}, {arguments}), shapes {shapes}")
     double = ranks.total(sum(part.dtype == torch.float64 for part in parts))
     parts = [replace(part, dtype=torch.float64 if double else torch.float32) for part in parts]
     if reduce:
@@ -167,12 +181,12 @@ def prune(
     cuts = _cuts(budget, parts, units, ALONE if reduce else ranks)
     with ranks.together():
         masks = [
-            (target, mask, arguments)
+            (listed, target, mask, arguments)
             for listed, part, cut in zip(groups, parts, cuts, strict=True)
             for each, mask in spread(listed.target, part, cut)
             for target in (listed.everywhere() if each is listed.target else (each,))
         ]
-    if reduce and len(set(ranks.counts(_digest(mask for _, mask, _ in masks)))) > 1:
+    if reduce and len(set(ranks.counts(_digest(mask for _, _, mask, _ in masks)))) > 1:
         raise RuntimeError("reduce='mean': the masks differ between ranks, so weights or earlier masks do. Sync them.")
     install_all(call, budget, masks)
 
@@ -181,7 +195,7 @@ def _cuts(budget: Budget, parts: Sequence[Scores], units: str, ranks: Ranks) -> 
     """Return the cuts that spend ``budget`` on the ``parts`` of all ranks."""
     alive = [part.count_alive() for part in parts]
     floors = [budget.floor(left, len(part)) for left, part in zip(alive, parts, strict=True)]
-    total, left, floor = ranks.sum(torch.tensor([sum(map(len, parts)), sum(alive), sum(floors)])).tolist()
+    total, left, floor = ranks.totals(sum(map(len, parts)), sum(alive), sum(floors))
     k = budget.count(left, total, units)
     if k > left - floor:
         raise ValueError(
@@ -191,12 +205,19 @@ def _cuts(budget: Budget, parts: Sequence[Scores], units: str, ranks: Ranks) -> 
     return select_with_floors(parts, k, floors, ranks)
 
 
-def install_all(call: str, budget: Budget, masks: Sequence[tuple[Target, Tensor, dict[str, Any]]]) -> None:
-    """Install finished masks with a readable history, and name the tensors that are emptied."""
-    emptied = [t.where for t, mask, _ in masks if not budget.min_keep and mask.numel() and not mask.any()]
-    if emptied:
-        warnings.warn(f"{call}: min_keep={budget.min_keep!r} let be emptied: {'; '.join(emptied)}.", stacklevel=4)
-    install([(target, GlobalPruning(call, **budget.arguments(), **extra), mask) for target, mask, extra in masks])
+def install_all(call: str, budget: Budget, masks: Sequence[tuple[Listed, Target, Tensor, dict[str, Any]]]) -> None:
+    """Install finished masks with a readable history, and name the tensors of the list that are emptied."""
+    if not budget.min_keep:
+        own = [(listed, mask) for listed, target, mask, _ in masks if target is listed.target and mask.numel()]
+        emptied = [
+            listed.where
+            for listed, mask in own
+            if not mask.any() and (listed.target.mask is None or listed.target.mask.any())
+        ]
+        if emptied:
+            warn(f"{call}: min_keep={budget.min_keep!r} lets be emptied: {'; '.join(emptied)}.")
+    told = budget.arguments()
+    install([(target, GlobalPruning(call, **told, **more), mask) for _, target, mask, more in masks])
 
 
 def spread_entries(target: Target, part: Scores, cut: Cut) -> Iterator[tuple[Target, Tensor]]:
@@ -223,7 +244,9 @@ def prune_units(
         scores = weights_or_scores(importance_scores, target)
         part = unit_scores(scores, pattern, n, target.mask)
         [norms] = part.inputs
-        return replace(part, inputs=(_normalized(norms, normalize, n, scores.numel() // max(len(norms), 1)),))
+        norms = _normalized(norms, normalize, n, scores.numel() // max(len(norms), 1))
+        check_finite(f"the norm of order n={n!r}, normalized by {normalize!r}", norms)
+        return replace(part, inputs=(norms,))
 
     def spread(target: Target, part: Scores, cut: Cut) -> Iterator[tuple[Target, Tensor]]:
         yield target, unit_mask(kept(part, cut), pattern, target.parameter, target.mask)
@@ -233,10 +256,16 @@ def prune_units(
 
 def _normalized(norms: Tensor, normalize: str | None, n: float, entries: int) -> Tensor:
     """Return ``norms`` of units of ``entries`` entries each, made comparable across tensors."""
-    if normalize is None or not norms.numel():
+    if normalize is None or not norms.numel() or not entries:
         return norms
     if normalize == "mean":
-        return norms / (max(entries, 1) if n == 0 else entries ** (1 / n) if entries else 1)
+        try:
+            return norms / (entries if n == 0 else entries ** (1 / n))
+        except OverflowError:
+            raise ValueError(
+                f"n={n!r} is too small an order to average over units of {entries} entries. "
+                "Pass a larger n, or another normalize=."
+            ) from None
     scale = norms.max() if normalize == "max" else norms.sum()
     return norms / scale if scale > 0 else norms
 
@@ -269,9 +298,9 @@ def listed_for(param: str, tensors: PerParameter, target: Target) -> Tensor:
 
 def _digest(masks: Iterable[Tensor]) -> int:
     """Return a number that differs, in all likelihood, where any mask differs."""
-    generator = torch.Generator().manual_seed(0)
-    total = torch.zeros((), dtype=torch.int64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    total = torch.zeros((), dtype=torch.int64, device="cpu")
     for mask in masks:
         for chunk in (mask != 0).reshape(-1).cpu().split(CHUNK):
-            total += torch.randint(-(2**63), 2**63 - 1, chunk.shape, generator=generator)[chunk].sum()
+            total += torch.randint(-(2**63), 2**63 - 1, chunk.shape, generator=generator, device="cpu")[chunk].sum()
     return int(total)

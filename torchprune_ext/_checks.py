@@ -7,11 +7,14 @@ tensor, the parameter, its value, the reason and the remedy, and no function car
 
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,6 +28,20 @@ def errors_about(where: str) -> Iterator[None]:
         if type(error) not in (ValueError, TypeError):
             raise  # a subclass may carry more than a message
         raise type(error)(f"{where}: {error}") from error
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of this package that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and Path(frame.f_code.co_filename).parent == Path(__file__).parent:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def check_module(param: str, module: nn.Module) -> None:
+    """Raise ``TypeError`` unless ``module``, the caller's ``param``, is a module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{param}={module!r} is a {type(module).__name__}. Pass a torch.nn.Module.")
 
 
 def check_amount(amount: float, param: str = "amount") -> None:

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from torchprune_ext._checks import check_tensor, errors_about
 
@@ -55,6 +58,22 @@ class Target:
             )
         if target is None:
             raise ValueError(f"{type(module).__name__}.{name}: {_why_not(module, name)}")
+        legacy = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
+        if any(name.startswith(f"{hook.name}_") for hook in legacy):
+            raise ValueError(
+                f"{type(module).__name__}.{name} is read by the hook of an old-style weight_norm or spectral_norm "
+                "before a mask is applied, so the mask would lag a step behind. "
+                "Use torch.nn.utils.parametrizations instead."
+            )
+        if target.mask is None and {f"{name}_orig", f"{name}_mask"} & {
+            *module._parameters,
+            *module._buffers,
+            *vars(module),
+        }:
+            raise ValueError(
+                f"{type(module).__name__} has a {name}_orig or {name}_mask of its own, where pruning stores its state. "
+                "Rename it."
+            )
         if isinstance(target.parameter, UninitializedParameter):
             raise ValueError(f"{type(module).__name__}.{name} has no shape yet. Run one forward first, then prune.")
         if hasattr(target.parameter, "device_mesh"):
@@ -124,6 +143,27 @@ def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -
     return dict(found.values())
 
 
+def pruned(model: nn.Module, *, recurse: bool = True) -> Iterator[Target]:
+    """Yield the pruned tensors of ``model`` and, with ``recurse``, of all modules below it."""
+    for module in model.modules() if recurse else [model]:
+        for stored in list(module._parameters):
+            target = Target.found(module, stored.removesuffix("_orig"))
+            if target is not None and target.stored_name == stored and target.mask is not None:
+                yield target
+
+
+def _refuse_two_masks(parts: Iterable[tuple[nn.Parameter, Tensor | None, str]]) -> None:
+    """Raise ``ValueError`` if one parameter, shared by several modules, stands under different masks."""
+    seen: dict[int, tuple[Tensor | None, str]] = {}
+    for parameter, mask, where in parts:
+        other, first = seen.setdefault(id(parameter), (mask, where))
+        if mask is not other and mask is not None and other is not None and not torch.equal(mask != 0, other != 0):
+            raise ValueError(
+                f"{where} and {first} are the same parameter (tied) under different masks, so one would zero what the "
+                "other keeps. Untie them first, or prune them by one global call that lists both."
+            )
+
+
 def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[BasePruningMethod]:
     """Prune the targets with finished masks and put each method into the history, or change nothing.
 
@@ -134,6 +174,7 @@ def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[B
         The hook of each target: the method, or the container that ends with it.
     """
     hooks = []
+    _refuse_two_masks((target.parameter, mask, target.where) for target, _, mask in masks)
     with all_or_nothing(target.module for target, _, _ in masks):
         for target, method, mask in masks:
             module, name = target.module, target.name
@@ -159,6 +200,8 @@ def uninstall(targets: Sequence[Target], *, keep_masked: bool) -> None:
         targets: pruned targets.
         keep_masked: multiply the parameter by its mask, else leave the dense values.
     """
+    if keep_masked:
+        _refuse_two_masks((target.parameter, target.mask, target.where) for target in targets)
     with all_or_nothing(target.module for target in targets):
         for target in targets:
             module, name = target.module, target.name
@@ -238,8 +281,9 @@ def _why_not(module: nn.Module, name: str) -> str:
     sources = [n for n in (f"{name}_v", f"{name}_orig") if n in module._parameters]
     if sources:
         return (
-            f"name={name!r} is no parameter but computed at every forward, as weight_norm and spectral_norm do. "
-            f"Prune what it is computed from: {sources[0]!r}."
+            f"name={name!r} is no parameter but computed from {sources[0]!r} at every forward, by an old-style "
+            "weight_norm or spectral_norm. Use torch.nn.utils.parametrizations instead and prune what that computes "
+            f"from: 'original1' (weight_norm) or 'original' (spectral_norm) of module.parametrizations.{name}."
         )
     known = [n.removesuffix("_orig") for n, p in module.named_parameters(recurse=False)]
     if name in module._parameters:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -33,13 +34,22 @@ class Ranks:
         """Return the mean of ``tensor`` over the ranks."""
         return self.sum(tensor) / self.size
 
+    def totals(self, *counts: int) -> list[int]:
+        """Return the sum of each of ``counts`` over the ranks."""
+        return self.sum(torch.tensor(counts, dtype=torch.int64, device="cpu")).tolist()
+
     def total(self, count: int) -> int:
         """Return the sum of ``count`` over the ranks."""
-        return int(self.sum(torch.tensor(count)))
+        return self.totals(count)[0]
+
+    def agree(self, what: str, text: str) -> None:
+        """Raise ``RuntimeError`` on all ranks unless all pass the same ``text``, which tells ``what``."""
+        if len(set(self.counts(crc32(text.encode())))) > 1:
+            raise RuntimeError(f"{what} differ between ranks; here: {text}. Call all ranks alike. Nothing is pruned.")
 
     def counts(self, count: int) -> list[int]:
         """Return the ``count`` of every rank, in rank order."""
-        places = torch.zeros(self.size, dtype=torch.int64)
+        places = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         places[self.rank] = count
         return self.sum(places).tolist()
 
@@ -48,7 +58,7 @@ class Ranks:
         if self.group is None:
             return tensor
         counts = self.counts(len(tensor))
-        places = torch.zeros(sum(counts), dtype=tensor.dtype)
+        places = torch.zeros(sum(counts), dtype=tensor.dtype, device="cpu")
         start = sum(counts[: self.rank])
         places[start : start + len(tensor)] = tensor
         return self.sum(places)

@@ -67,7 +67,7 @@ def obd_saliency(weight: Tensor, hessian_diag: Tensor) -> Tensor:
         >>> obd_saliency(torch.tensor([2.0, 2.0, 1.0]), torch.tensor([1.0, -1.0, 4.0]))
         tensor([2., 0., 2.])
     """
-    return 0.5 * hessian_diag.clamp_min(0) * weight.square()
+    return 0.5 * hessian_diag.clamp_min(0) * weight * weight  # in this order, so that small squares do not vanish
 
 
 def bn_scale(gamma: Tensor) -> Tensor:

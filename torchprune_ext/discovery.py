@@ -1,6 +1,5 @@
 """Find what a model has to prune: its tensors, and which BatchNorm stands behind which layer."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from torchprune_ext._host import Target
+from torchprune_ext._checks import check_module, warn
+from torchprune_ext._host import Target, pruned
 
 
 def prunable_parameters(
@@ -40,8 +40,7 @@ def prunable_parameters(
         >>> prunable_parameters(model, exclude="2")
         [(Linear(in_features=4, out_features=4, bias=True), 'weight')]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r} is a {type(model).__name__}. Pass a torch.nn.Module.")
+    check_module("model", model)
     left_out = [exclude] if isinstance(exclude, str) else list(exclude)
     paths = dict(model.named_modules())
     for path in left_out:
@@ -75,7 +74,8 @@ def bn_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, nn.
 
     Returns:
         Pairs in the order of the forward pass. Left out are BatchNorms without scales and, with a warning, layers and
-        BatchNorms that occur in several pairs, since no channel belongs to one pair only.
+        BatchNorms that occur in several pairs, since no channel belongs to one pair only. What else reads a layer's
+        output (``bn(y) + y``) is not noticed.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -86,30 +86,34 @@ def bn_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, nn.
         >>> bn_pairs(model, torch.ones(1, 1, 8, 8)) == [(model[0], model[1])]
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r} is a {type(model).__name__}. Pass a torch.nn.Module.")
+    check_module("model", model)
     made: dict[int, tuple[Tensor, int, nn.Module]] = {}  # holds the tensors, so that no id is used twice
     pairs: dict[tuple[nn.Module, nn.Module], None] = {}
 
     def remember(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
+        # what a Linear counts last is not what a BatchNorm counts, unless there are two axes
+        if isinstance(output, Tensor) and (output.dim() == 2 or not isinstance(module, nn.Linear)):
             made[id(output)] = (output, output._version, module)
 
-    def look_up(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        _, version, layer = made.get(id(inputs[0]) if inputs else 0, (None, -1, None))
-        if layer is not None and version == inputs[0]._version:  # an in-place operation would separate the two
+    def look_up(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        read = inputs[0] if inputs else keywords.get("input")
+        _, version, layer = made.get(id(read), (None, -1, None))
+        if (
+            layer is not None and isinstance(read, Tensor) and version == read._version
+        ):  # an in-place operation would separate the two
             pairs[layer, module] = None
 
     training = {module: module.training for module in model.modules()}
+    products = [(vars(target.module), target.name, vars(target.module).get(target.name)) for target in pruned(model)]
     hooks = []
     try:
         for module in training:
             if isinstance(module, _BatchNorm) and Target.found(module, "weight") is not None:
-                hooks.append(module.register_forward_pre_hook(look_up))
+                hooks.append(module.register_forward_pre_hook(look_up, with_kwargs=True))
             elif isinstance(module, (nn.Linear, _ConvNd)):
                 hooks.append(module.register_forward_hook(remember))
         model.eval()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
             if isinstance(example_inputs, Mapping):
                 model(**example_inputs)
             elif isinstance(example_inputs, (tuple, list)):
@@ -121,6 +125,8 @@ def bn_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, nn.
             hook.remove()
         for module, mode in training.items():
             module.training = mode
+        for attributes, name, product in products:  # the forward pass has made new ones, without gradients
+            attributes[name] = product
 
     layers, norms = [layer for layer, _ in pairs], [bn for _, bn in pairs]
     single = [(layer, bn) for layer, bn in pairs if layers.count(layer) == norms.count(bn) == 1]
@@ -128,5 +134,5 @@ def bn_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, nn.
         shared = [
             f"{type(layer).__name__} with {type(bn).__name__}" for layer, bn in pairs if (layer, bn) not in single
         ]
-        warnings.warn(f"bn_pairs leaves out layers or BatchNorms used in several pairs: {shared}.", stacklevel=2)
+        warn(f"bn_pairs leaves out layers or BatchNorms used in several pairs: {shared}.")
     return single

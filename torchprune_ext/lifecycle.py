@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from torchprune_ext._host import Target, targets_of, uninstall
+from torchprune_ext._checks import check_module
+from torchprune_ext._host import Target, pruned, targets_of, uninstall
 
 
 def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -27,13 +28,10 @@ def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         >>> [(path, name) for path, _, name in pruned_parameters(model)]
         [('0', 'weight')]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r} is a {type(model).__name__}. Pass a torch.nn.Module.")
+    check_module("model", model)
     for path, module in model.named_modules():
-        for stored in list(module._parameters):
-            name = stored.removesuffix("_orig")
-            if name != stored and Target.found(module, stored) is not None and _pruned(module, name) is not None:
-                yield path, module, name
+        for target in pruned(module, recurse=False):
+            yield path, module, target.name
 
 
 def remove(module: nn.Module, name: str) -> nn.Module:
@@ -148,8 +146,8 @@ def _only(module: nn.Module, name: str) -> Target:
     if target is None:
         names = [known for path, _, known in pruned_parameters(module) if not path]
         raise ValueError(
-            f"name={name!r} of {type(module).__name__} is not pruned. "
-            + (f"Pruned are: {names}." if names else "Nothing is pruned in it (its submodules left aside).")
+            f"name={name!r} of {type(module).__name__} is not pruned, so there is nothing to end. "
+            + (f"Choose one of {names}." if names else "Pass a module that pruned_parameters(model) finds.")
         )
     return target
 

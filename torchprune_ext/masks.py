@@ -70,7 +70,11 @@ def unit_scores(scores: Tensor, pattern: Vector | Kernel | Channel, n: float, de
         scores = scores * (pattern.split(default_mask)[0] != 0)
     norms = torch.empty(0, dtype=torch.float64, device=scores.device)
     if scores.numel():
-        norms = torch.linalg.vector_norm(scores, n, dim=axes, dtype=torch.float64)
+        scale = 1.0
+        if scores.dtype == torch.float64 or abs(n) > 4:  # powers that may leave the range of float64
+            scale = float(scores.abs().max()) or 1.0
+            scores = scores.double() / scale
+        norms = torch.linalg.vector_norm(scores, n, dim=axes, dtype=torch.float64) * scale
     check_finite(f"the norm of order n={n!r}", norms)
     return Scores.of(identity, norms, alive=None if default_mask is None else units_alive(pattern, default_mask))
 
@@ -115,7 +119,7 @@ def threshold_mask(scores: Scores, threshold: float, like: Tensor) -> Tensor:
         The mask.
     """
     flat = _flat(like)
-    for _, index in scores.chunks():
+    for index in scores.chunks():
         torch.ge(scores.at(index), threshold, out=flat[index])
     return finish(flat, like)
 
@@ -175,9 +179,10 @@ def nm_profile(scores: Tensor, pattern: NM, default_mask: Tensor | None = None) 
         Profile(entries=[0, 2, 4], total=[0.0, 9.0, 13.0])
     """
     rows, alive = _rows(scores, pattern, default_mask)
+    m = min(pattern.m, max(rows.shape[1], 1))  # a group longer than the rows is filled up, and that is never kept
 
     def rank(chunk: slice) -> list[tuple[int, float]]:
-        ranked = _descending(_nm_groups(rows[chunk], alive, chunk, pattern.m), range(pattern.m))
+        ranked = _descending(_nm_groups(rows[chunk], alive, chunk, m), range(m))
         # what is dead is negative
         return [(int((v >= 0).count_nonzero()), float(v.clamp_min(0).sum(dtype=torch.float64))) for v in ranked]
 
@@ -215,9 +220,10 @@ def nm_mask(scores: Tensor, pattern: NM, default_mask: Tensor | None = None) -> 
         return torch.ones_like(like) if default_mask is None else (default_mask != 0).to(like.dtype)
     rows, alive = _rows(scores, pattern, default_mask)
     out = torch.empty(rows.shape, dtype=like.dtype, device=like.device)
+    m = min(pattern.m, max(rows.shape[1], 1))  # a group longer than the rows is filled up, and that is never kept
 
     def write(chunk: slice) -> None:
-        keep = _keep_largest(_nm_groups(rows[chunk], alive, chunk, pattern.m), pattern.n)
+        keep = _keep_largest(_nm_groups(rows[chunk], alive, chunk, m), min(pattern.n, m))
         keep = keep.view(len(out[chunk]), -1)[:, : rows.shape[1]]
         out[chunk] = keep if alive is None else keep * (alive[chunk] != 0)
 
@@ -286,7 +292,8 @@ def _descending(groups: Tensor, places: Sequence[int]) -> list[Tensor]:
     if m > NM_NETWORK and len(places) == 1:
         return [groups.kthvalue(m - places[0], dim=1).values]
     if m > NM_NETWORK:
-        return [groups.sort(dim=1, descending=True).values[:, place] for place in places]
+        ranked = groups.sort(dim=1, descending=True).values
+        return [ranked[:, place] for place in places]
     # One wire holds the same place of all groups; column by column is the faster way to turn narrow rows.
     wires = [groups[:, i].contiguous() for i in range(m)] if m <= 4 else list(groups.t().contiguous())
     for low, high, need_low, need_high in _network(m, tuple(places)):

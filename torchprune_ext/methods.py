@@ -7,7 +7,6 @@ touches the module. Its ``compute_mask`` follows the host's protocol, for whoeve
 
 import math
 import numbers
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torchprune_ext._checks import (
     check_whole,
     errors_about,
     resolve_amount,
+    warn,
 )
 from torchprune_ext._host import Target, install
 from torchprune_ext.masks import (
@@ -256,17 +256,14 @@ class Threshold(Method):
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         """Return the mask for weights or scores ``t``."""
+        check_finite("importance_scores", t)
         scores = Scores.of(criteria.magnitude, t, alive=default_mask)
         return threshold_mask(scores, float(self.threshold), t if default_mask is None else default_mask)
 
     def _mask(self, target: Target, importance_scores: Tensor | None) -> Tensor:
         mask = super()._mask(target, importance_scores)
         if not mask.any() and (target.mask is None or target.mask.any()) and mask.numel():
-            warnings.warn(
-                f"{target.where}: threshold={self.threshold!r} leaves nothing of it. Choose a lower threshold.",
-                UserWarning,
-                stacklevel=4,
-            )
+            warn(f"{target.where}: threshold={self.threshold!r} leaves nothing of it. Choose a lower threshold.")
         return mask
 
 
@@ -353,6 +350,7 @@ class NMStructured(Method):
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         """Return the mask for weights or scores ``t``."""
+        check_finite("importance_scores", t)
         return nm_mask(t, NM(self.n, self.m, self.dim, self.pad), default_mask)
 
 

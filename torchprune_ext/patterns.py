@@ -1,5 +1,6 @@
 """What one prunable unit is, independent of how units are scored: frozen values that check themselves."""
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ def _axis(dim: int, shape: torch.Size) -> int:
 
 
 def _check_dim(dim: int) -> None:
-    if isinstance(dim, bool) or not isinstance(dim, int):
+    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
         raise TypeError(f"dim={dim!r} is a {type(dim).__name__}. Pass an int.")
 
 
@@ -84,11 +85,11 @@ class Vector:
 
     dim: int = -1
 
+    units = "vectors"
+
     def __post_init__(self) -> None:
         """Check the value."""
         _check_dim(self.dim)
-
-    units = "vectors"
 
     def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return ``tensor`` and the axes that one unit spans in it."""
@@ -128,12 +129,12 @@ class Channel:
     dim: int = 0
     groups: int = 1
 
+    units = "channels"
+
     def __post_init__(self) -> None:
         """Check the values."""
         _check_dim(self.dim)
         check_whole("groups", self.groups, 1)
-
-    units = "channels"
 
     def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return a view of ``tensor`` and the axes that one unit spans in it.

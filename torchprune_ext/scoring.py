@@ -43,7 +43,7 @@ def obd_scores(target: Target, hessian_diag: Tensor) -> Scores:
     hessian_diag = _on(target, "hessian_diag", hessian_diag)
     check_finite(target.name, target.parameter)
     scores = Scores.of(criteria.obd_saliency, target.parameter, hessian_diag, alive=target.mask)
-    for _, index in scores.chunks():
+    for index in scores.chunks():
         check_finite("hessian_diag * weight ** 2 / 2", scores.at(index))  # finite factors can overflow
     return scores
 
@@ -57,9 +57,11 @@ def bn_scores(target: Target, bn: nn.Module) -> Scores:
     """
     if not isinstance(bn, _BatchNorm):
         raise TypeError(f"bn={bn!r} is a {type(bn).__name__}. Pass the BatchNorm behind the layer.")
-    gamma = Target.found(bn, "weight")
-    if gamma is None:
+    if Target.found(bn, "weight") is None:
         raise ValueError(f"bn={bn!r} has no weight to rank channels by. Pass a BatchNorm made with affine=True.")
+    gamma = Target.of(bn, "weight")
+    if not target.parameter.numel():
+        raise ValueError(f"{target.name} has no entries, so its channels cannot be pruned. Leave it out.")
     pattern = output_channels(target)
     blocks, axes = pattern.split(target.parameter)
     channels = math.prod(size for axis, size in enumerate(blocks.shape) if axis not in axes)

@@ -73,10 +73,10 @@ class Scores:
         scores = self.criterion(*(tensor[index].to(self.dtype) for tensor in self.inputs))
         return scores if self.alive is None else scores.masked_fill(self.alive[index] == 0, DEAD)
 
-    def chunks(self) -> list[tuple["Scores", slice]]:
-        """Return consecutive chunks, each as this and the indices of the chunk."""
+    def chunks(self) -> list[slice]:
+        """Return the indices of consecutive chunks."""
         size = CHUNK if self.inputs[0].is_cpu else len(self) or 1  # elsewhere one launch beats staying in a cache
-        return [(self, slice(start, start + size)) for start in range(0, len(self), size)]
+        return [slice(start, start + size) for start in range(0, len(self), size)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def select_smallest(parts: Sequence[Scores], k: int, ranks: Ranks = ALONE) -> li
     """
     if k == 0:
         return [Cut(DEAD) for _ in parts]
-    total, dead = ranks.sum(torch.tensor([sum(map(len, parts)), sum(len(p) - p.count_alive() for p in parts)])).tolist()
+    total, dead = ranks.totals(sum(map(len, parts)), sum(len(p) - p.count_alive() for p in parts))
     value, below, equal = _order_statistic(parts, dead + k, total, ranks)  # what is dead sorts first
     surplus = below + equal - dead - k  # of the entries equal to the value, so many stay: the first ones
     if surplus and ranks.size > 1:
@@ -168,9 +168,9 @@ def kept(part: Scores, cut: Cut, *, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = part.inputs[0].new_empty(len(part), dtype=torch.bool)
 
-    def write(chunk: tuple[Scores, slice]) -> None:
-        scores, target = part.at(chunk[1]), out[chunk[1]]
-        ties = _ties(cut, chunk[1].start, scores)
+    def write(index: slice) -> None:
+        scores, target = part.at(index), out[index]
+        ties = _ties(cut, index.start, scores)
         torch.ge(scores[:ties], cut.value, out=target[:ties])
         torch.gt(scores[ties:], cut.value, out=target[ties:])
 
@@ -185,7 +185,7 @@ def _ties(cut: Cut, start: int, scores: Tensor) -> int:
 
 def _keeps(part: Scores, cut: Cut, floor: int) -> bool:
     """Return whether ``cut`` leaves at least ``floor`` entries of ``part``; looks no further than it must."""
-    for _, index in part.chunks():
+    for index in part.chunks():
         if floor <= 0:
             break
         scores = part.at(index)
@@ -205,7 +205,7 @@ def _order_statistic(parts: Sequence[Scores], rank: int, total: int, ranks: Rank
         low = max(float(sample[first]), DEAD / 2) if 0 <= first < size else DEAD / 2
         high = float(sample[last]) if 0 <= last < size else float("inf")
         up_to_low, between = _scan(parts, low, high)
-        up_to_low, inside = ranks.sum(torch.tensor([up_to_low, len(between)])).tolist()
+        up_to_low, inside = ranks.totals(up_to_low, len(between))
         if up_to_low < rank <= up_to_low + inside:
             value, below, equal = _by_digits(between, rank - up_to_low, ranks)
             return value, up_to_low + below, equal
@@ -219,13 +219,13 @@ def _order_statistic(parts: Sequence[Scores], rank: int, total: int, ranks: Rank
 
 def _sample(parts: Sequence[Scores], total: int, ranks: Ranks) -> Tensor:
     """Return sorted scores at random positions in all parts of all ranks; none where collecting all is cheaper."""
-    sizes = torch.tensor([len(part) for part in parts], dtype=torch.int64)
+    sizes = torch.tensor([len(part) for part in parts], dtype=torch.int64, device="cpu")
     own = int(sizes.sum())
     if total <= 4 * SAMPLE:
-        return torch.empty(0)
-    generator = torch.Generator().manual_seed(total)  # our own: the user's random state stays untouched
-    drawn = torch.randint(max(own, 1), (SAMPLE * own // total,), generator=generator).sort().values
-    chosen = [torch.empty(0, dtype=parts[0].dtype if parts else torch.float32)]
+        return torch.empty(0, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(total)  # our own: the user's random state stays untouched
+    drawn = torch.randint(max(own, 1), (SAMPLE * own // total,), generator=generator, device="cpu").sort().values
+    chosen = [torch.empty(0, dtype=parts[0].dtype if parts else torch.float32, device="cpu")]
     ends = sizes.cumsum(0)
     for part, end, positions in zip(
         parts, ends.tolist(), drawn.tensor_split(torch.searchsorted(drawn, ends)[:-1]), strict=bool(parts)
@@ -244,8 +244,8 @@ def _scan(parts: Sequence[Scores], low: float, high: float) -> tuple[int, Tensor
         up_to_low = len(scores) - int(above.count_nonzero())
         return up_to_low, scores[above.logical_and_(scores < high).nonzero().squeeze(1)].cpu()
 
-    found = list(over_chunks(scan, [chunk for part in parts for chunk in part.chunks()]))
-    none = torch.empty(0, dtype=parts[0].dtype if parts else torch.float32)
+    found = list(over_chunks(scan, [(part, index) for part in parts for index in part.chunks()]))
+    none = torch.empty(0, dtype=parts[0].dtype if parts else torch.float32, device="cpu")
     return sum(count for count, _ in found), torch.cat([none, *(between for _, between in found)])
 
 
@@ -267,7 +267,7 @@ def _by_digits(scores: Tensor, rank: int, ranks: Ranks) -> tuple[float, int, int
         below += int(ends[digit]) - equal
         prefix = prefix << DIGIT | digit
         bits = bits[(bits >> shift) == prefix]
-    value = torch.tensor(prefix, dtype=torch.int64).to(bits.dtype).view(scores.dtype)
+    value = torch.tensor(prefix, dtype=torch.int64, device="cpu").to(bits.dtype).view(scores.dtype)
     return float(value), below, equal
 
 
@@ -277,13 +277,13 @@ def _count(parts: Sequence[Scores], compare: Callable[[Tensor, float], Tensor], 
     def count(chunk: tuple[Scores, slice]) -> int:
         return int(compare(chunk[0].at(chunk[1]), value).count_nonzero())
 
-    return sum(over_chunks(count, [chunk for part in parts for chunk in part.chunks()]))
+    return sum(over_chunks(count, [(part, index) for part in parts for index in part.chunks()]))
 
 
 def _position_of_tie(part: Scores, value: float, count: int) -> tuple[int, int]:
     """Return the index behind the ``count``-th score equal to ``value``, or behind all, and how many were found."""
     found = 0
-    for _, index in part.chunks():
+    for index in part.chunks():
         equal = part.at(index) == value
         here = int(equal.count_nonzero())
         if found + here >= count:
