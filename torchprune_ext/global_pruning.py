@@ -466,7 +466,7 @@ def _layers(
         weight = Target.of(layer, "weight").parameter
         if any(Target.of(other, "weight").parameter is weight for other in partner if other is not layer):
             raise ValueError(
-                f"pairs[{place}]: the weight of this {type(layer).__name__}, of shape {tuple(weight.shape)}, is tied to "
+                f"pairs[{place}]: the weight of {type(layer).__name__} of shape {tuple(weight.shape)}, is tied to "
                 "that of an earlier layer, so its channels belong to no pair alone. Untie them, or leave it out."
             )
         partner[layer] = bn
