@@ -12,9 +12,9 @@ import torchprune_ext
 PACKAGE = pathlib.Path(torchprune_ext.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
-    "_checks", "patterns", "criteria", "calibration", "_chunks", "_ranks", "selection", "masks", "_host",
-    "discovery", "scoring", "methods", "functional", "_budget", "global_pruning", "lifecycle", "checkpoint",
-    "compensation", "allocation", "schedules", "deploy", "report", "plots", "integrations",
+    "_checks", "patterns", "criteria", "_chunks", "_ranks", "selection", "masks", "_host", "_passes", "calibration",
+    "penalties", "discovery", "scoring", "methods", "functional", "_budget", "global_pruning", "lifecycle",
+    "checkpoint", "compensation", "allocation", "schedules", "deploy", "report", "plots", "integrations",
 ]  # fmt: skip
 HEAVY = ["matplotlib", "torchvision", "sklearn", "numpy.testing", "hypothesis", "tqdm", "torch._dynamo"]
 

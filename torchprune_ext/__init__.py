@@ -1,6 +1,6 @@
 """Pruning methods that ``torch.nn.utils.prune`` does not have, in its own calls, hooks, buffers and containers."""
 
-from torchprune_ext import criteria, masks, patterns, selection
+from torchprune_ext import calibration, criteria, masks, patterns, selection
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
     bn_scaling,
@@ -34,6 +34,7 @@ from torchprune_ext.methods import (
     VectorLn,
 )
 from torchprune_ext.patterns import NM, Channel, Kernel, Vector
+from torchprune_ext.penalties import bn_l1_penalty
 
 __version__ = "0.1.0"
 
@@ -50,8 +51,10 @@ __all__ = [
     "Threshold",
     "Vector",
     "VectorLn",
+    "bn_l1_penalty",
     "bn_pairs",
     "bn_scaling",
+    "calibration",
     "criteria",
     "every_other",
     "global_bn_scaling",

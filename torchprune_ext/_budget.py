@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchprune_ext._checks import (
     check_amount,
     check_finite,
+    check_fraction,
     check_order,
     check_scores,
     errors_about,
@@ -73,10 +74,8 @@ class Budget:
             )
         if self.amount is not None:
             check_amount(self.amount)
-        elif isinstance(self.target_sparsity, bool) or not isinstance(self.target_sparsity, numbers.Real):
-            raise TypeError(f"target_sparsity={self.target_sparsity!r} is no number. Pass a fraction in [0, 1].")
-        elif not 0 <= self.target_sparsity <= 1:
-            raise ValueError(f"target_sparsity={self.target_sparsity!r} is no fraction. Pass a number in [0, 1].")
+        elif self.target_sparsity is not None:
+            check_fraction("target_sparsity", self.target_sparsity)
         check_amount(self.min_keep, "min_keep")
 
     def count(self, alive: int, total: int, units: str) -> int:

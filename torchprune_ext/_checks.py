@@ -73,6 +73,14 @@ def resolve_amount(amount: float, left: int, units: str) -> int:
     return int(amount)
 
 
+def check_fraction(param: str, value: float) -> None:
+    """Raise unless ``value``, the caller's ``param``, is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{param}={value!r} is a {type(value).__name__}. Pass a fraction in [0, 1].")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{param}={value!r} is no fraction. Pass a number in [0, 1].")
+
+
 def check_whole(param: str, value: int, least: int) -> None:
     """Raise unless ``value``, the caller's ``param``, is an int of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -21,6 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torchprune_ext._checks import check_tensor, errors_about
 
 Table = dict[Any, Any] | list[Any] | set[Any]
+Contents = tuple[dict[str, Any], list[tuple[Table, Table]], list[tuple[nn.Parameter, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,13 +208,27 @@ def uninstall(targets: Sequence[Target], *, keep_masked: bool) -> None:
             module, name = target.module, target.name
             if keep_masked:
                 target.parameter.data = target.weight()
-            key, _ = target.hook()
-            if key is not None:
-                del module._forward_pre_hooks[key]
-            del module._buffers[f"{name}_mask"]
-            vars(module).pop(name, None)
-            _rename(module, f"{name}_orig", name)
+            _unhook(target)
             setattr(module, name, target.parameter)  # lets modules that cache their weights, as LSTM does, know
+
+
+@contextmanager
+def as_plain(model: nn.Module) -> Iterator[None]:
+    """Let every pruned tensor of ``model`` be a plain parameter with its effective weights; put all back at the end.
+
+    Puts back what each module holds, its mode and pruning included, but no value that is written into a tensor.
+    """
+    before = [(module, _contents(module)) for module in model.modules()]
+    weights: dict[tuple[int, int], nn.Parameter] = {}  # tied tensors stay tied
+    try:
+        for target in list(pruned(model)):
+            weight = weights.setdefault((id(target.parameter), id(target.mask)), nn.Parameter(target.weight()))
+            _unhook(target)
+            setattr(target.module, target.name, weight)
+        yield
+    finally:
+        for module, contents in before:
+            _restore(module, contents)
 
 
 @contextmanager
@@ -226,16 +241,22 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for module, (attributes, tables, data) in before:
-            _refill(vars(module), attributes)
-            for table, contents in tables:
-                _refill(table, contents)
-            for parameter, values in data:
-                parameter.data = values
+        for module, contents in before:
+            _restore(module, contents)
         raise
 
 
-def _contents(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Table, Table]], list[tuple[nn.Parameter, Tensor]]]:
+def _restore(module: nn.Module, contents: Contents) -> None:
+    """Make ``module`` what it was when ``contents`` were taken from it."""
+    attributes, tables, data = contents
+    _refill(vars(module), attributes)
+    for table, entries in tables:
+        _refill(table, entries)
+    for parameter, values in data:
+        parameter.data = values
+
+
+def _contents(module: nn.Module) -> Contents:
     """Return the attributes of ``module``, copies of those that are tables, and the data of its parameters."""
     tables = [value for value in vars(module).values() if isinstance(value, (dict, list, set))]
     parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
@@ -249,6 +270,17 @@ def _refill(table: Table, contents: Table) -> None:
         table.extend(contents)
     else:
         table.update(contents)
+
+
+def _unhook(target: Target) -> None:
+    """Take hook, mask and product away, so that the parameter stands under the tensor's own name."""
+    module, name = target.module, target.name
+    key, _ = target.hook()
+    if key is not None:
+        del module._forward_pre_hooks[key]
+    del module._buffers[f"{name}_mask"]
+    vars(module).pop(name, None)
+    _rename(module, f"{name}_orig", name)
 
 
 def _rename(module: nn.Module, old: str, new: str) -> None:
