@@ -297,8 +297,8 @@ def draw_model(draw, row):
             shape = draw(row.shapes)
             transposed = row.bn and len(shape) > 2 and draw(st.booleans())
             split = draw(st.sampled_from([g for g in (1, 2, 3) if shape[0] % g == 0])) if transposed else 1
-            make = lambda s=shape, t=transposed, g=split: build(s, transposed=t, groups=g)  # noqa: E731
-            modules = [make() for _ in range(1 if row.bn else draw(st.sampled_from([1, 1, 1, 2])))]
+            sharers = 1 if row.bn else draw(st.sampled_from([1, 1, 1, 2]))
+            modules = [build(shape, transposed=transposed, groups=split) for _ in range(sharers)]
             dtype, form = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(LAYOUTS))
             shared = nn.Parameter(draw_tensor(draw, shape, dtype=dtype, kind=form))
             for module in modules:
@@ -1180,6 +1180,15 @@ def test_the_best_n_of_each_tensor(even, data):
         assert total == max(value for cost, value in every if cost <= entries)
     emptied = [not any(flat(layer.weight_mask)) for layer in layers]
     assert len(caught) <= (min_keep == 0 and any(emptied))
+
+
+def test_what_counts_is_the_gain_per_entry():
+    large, *small = layers = [nn.Linear(2, 4), *[nn.Linear(2, 1) for _ in range(4)]]
+    large.weight.data.fill_(2.0)  # the second of two gains 8 for 4 entries
+    for layer in small:
+        layer.weight.data.fill_(5.0)  # and here 5 for 1
+    tpe.global_nm_structured(weights(*layers), m=2, amount=4)
+    assert [int(layer.weight_mask.sum()) for layer in layers] == [4, 2, 2, 2, 2]
 
 
 def test_tied_tensors_get_the_same_n():

@@ -170,7 +170,7 @@ def test_nm_masks_of_every_size(data):
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_nm_masks_across_chunks(n, m, tied, monkeypatch):
-    monkeypatch.setattr(masks, "NM_CHUNK", 2 * m + 1)
+    monkeypatch.setattr(masks, "CHUNK", 2 * m + 1)
     generator = torch.Generator().manual_seed(n)
     scores = torch.randn(7, 3 * m, generator=generator)
     scores = scores.mul(2).round() if tied else scores

@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from torchprune_ext._checks import (
     resolve_amount,
     warn,
 )
-from torchprune_ext._host import Target, install, targets_of
+from torchprune_ext._host import Target, all_or_nothing, install, targets_of
 from torchprune_ext._ranks import Ranks
 from torchprune_ext.masks import entry_mask, unit_mask, unit_scores
 from torchprune_ext.methods import Method
@@ -108,24 +109,24 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Listed:
-    """A tensor of the list, and the other places where the same tensor stands in it."""
+    """A tensor of the caller's list, its place there, and the other places where the same tensor stands in it."""
 
-    place: int
+    place: str
     target: Target
     aliases: tuple[Target, ...]
 
     @property
     def where(self) -> str:
-        return f"params[{self.place}], {self.target.where}"
+        return f"{self.place}, {self.target.where}"
 
     def everywhere(self) -> tuple[Target, ...]:
         return (self.target, *self.aliases)
 
 
-def groups_of(params: Params) -> list[Listed]:
-    """Return the tensors of ``params``, each once; what is pruned under any of its names counts as pruned."""
+def groups_of(params: Params, param: str = "params") -> list[Listed]:
+    """Return the tensors of the caller's ``param``, each once; pruned under any of its names counts as pruned."""
     same: dict[int, list[tuple[int, Target]]] = {}
-    for place, target in targets_of(params).items():
+    for place, target in targets_of(params, param).items():
         same.setdefault(id(target.parameter), []).append((place, target))
     groups = []
     for (place, target), *others in same.values():
@@ -134,7 +135,7 @@ def groups_of(params: Params) -> list[Listed]:
         for other in masks:
             mask = other if mask is None or mask is other else mask * other.to(mask.dtype)
         aliases = tuple(replace(alias, mask=mask) for _, alias in others)
-        groups.append(Listed(place, replace(target, mask=mask), aliases))
+        groups.append(Listed(f"{param}[{place}]", replace(target, mask=mask), aliases))
     return groups
 
 
@@ -164,7 +165,7 @@ def prune(
         budget.check()
         if reduce not in (None, "mean") or (reduce and process_group is None):
             raise ValueError(f"reduce={reduce!r} must be None, or 'mean' together with a process_group.")
-        groups = groups_of(params)
+        groups = groups_of(params, param)
         if process_group is None:
             refuse_empty(groups, param)
         parts = []
@@ -177,7 +178,8 @@ def prune(
     parts = [replace(part, dtype=torch.float64 if double else torch.float32) for part in parts]
     if reduce:
         parts = [replace(p, inputs=(*p.inputs[:-1], ranks.mean(p.inputs[-1].to(p.dtype)))) for p in parts]
-    cuts = _cuts(budget, parts, units, ALONE if reduce else ranks)
+    with ranks.together() if reduce else nullcontext():
+        cuts = _cuts(budget, parts, units, ALONE if reduce else ranks)
     with ranks.together():
         masks = [
             (listed, target, mask, arguments)
@@ -187,7 +189,8 @@ def prune(
         ]
     if reduce and len(set(ranks.counts(_digest(mask for _, _, mask, _ in masks)))) > 1:
         raise RuntimeError("reduce='mean': the masks differ between ranks, so weights or earlier masks do. Sync them.")
-    install_all(call, budget, masks)
+    with all_or_nothing(target.module for _, target, _, _ in masks), ranks.together():
+        install_all(call, budget, masks)
 
 
 def _cuts(budget: Budget, parts: Sequence[Scores], units: str, ranks: Ranks) -> list[Cut]:
@@ -227,17 +230,19 @@ def prune_units(
     call: str,
     params: Params,
     budget: Budget,
-    pattern: Vector | Kernel | Channel,
+    unit: Callable[..., Vector | Kernel | Channel],
     n: float,
     importance_scores: PerParameter | None,
     normalize: str | None,
     process_group: Any,
     **arguments: Any,
 ) -> None:
-    """Prune units of one kind by their normalized norms."""
-    check_order(n)
-    if normalize not in (None, "mean", "max", "sum"):
-        raise ValueError(f"normalize={normalize!r} is unknown. Pass 'mean', 'max', 'sum' or None.")
+    """Prune units of one kind, ``unit(**arguments)``, by their normalized norms."""
+    with Ranks(process_group).together():
+        pattern = unit(**arguments)
+        check_order(n)
+        if normalize not in (None, "mean", "max", "sum"):
+            raise ValueError(f"normalize={normalize!r} is unknown. Pass 'mean', 'max', 'sum' or None.")
 
     def score(target: Target) -> Scores:
         scores = weights_or_scores(importance_scores, target)

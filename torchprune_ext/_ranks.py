@@ -32,7 +32,7 @@ class Ranks:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of ``tensor`` over the ranks."""
-        return self.sum(tensor) / self.size
+        return self.sum(tensor / self.size)  # the sum of large values could overflow
 
     def totals(self, *counts: int) -> list[int]:
         """Return the sum of each of ``counts`` over the ranks."""

@@ -219,7 +219,7 @@ def global_kernel_ln(
         8
     """
     budget = Budget(amount, target_sparsity, min_keep)
-    prune_units("global_kernel_ln", params, budget, Kernel(), n, importance_scores, normalize, process_group)
+    prune_units("global_kernel_ln", params, budget, Kernel, n, importance_scores, normalize, process_group)
 
 
 def global_vector_ln(
@@ -260,9 +260,7 @@ def global_vector_ln(
         4
     """
     budget = Budget(amount, target_sparsity, min_keep)
-    prune_units(
-        "global_vector_ln", params, budget, Vector(dim), n, importance_scores, normalize, process_group, dim=dim
-    )
+    prune_units("global_vector_ln", params, budget, Vector, n, importance_scores, normalize, process_group, dim=dim)
 
 
 def global_ln_structured(
@@ -307,7 +305,7 @@ def global_ln_structured(
     """
     budget = Budget(amount, target_sparsity, min_keep)
     prune_units(
-        "global_ln_structured", params, budget, Channel(dim), n, importance_scores, normalize, process_group, dim=dim
+        "global_ln_structured", params, budget, Channel, n, importance_scores, normalize, process_group, dim=dim
     )
 
 
@@ -390,7 +388,7 @@ def global_nm_structured(
         m: group length (count).
         amount: fraction (float) or number (int) of the entries of the list not yet pruned that shall go at least;
             exceeded by less than the groups of one tensor times the size of a step, where steps do not fit.
-        choices: values of ``n`` to choose from, by default ``min_keep`` to ``m``.
+        choices: values of ``n`` to choose from, by default ``min_keep`` to ``m``; those below ``min_keep`` do not count.
         dim: axis that the groups run along, see :class:`.NMStructured`.
         pad: let a short last group count as filled up with zeros.
         importance_scores: scores of every listed tensor, keyed by its pair; by default :math:`|w|`.
@@ -453,23 +451,24 @@ def _layers(
     """Yield the layers of ``pairs`` as a list of tensors, and fill ``partner`` with the BatchNorm of each."""
     if isinstance(pairs, nn.Module) or not isinstance(pairs, Iterable):
         raise TypeError(f"pairs is a {type(pairs).__name__}. Pass (layer, bn) pairs, e.g. of bn_pairs(model, inputs).")
+    feeds: dict[int, nn.Module] = {}  # the layer before each BatchNorm, and the one that a weight was first seen in
     for place, pair in enumerate(pairs):
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
             raise TypeError(f"pairs[{place}]={pair!r} is no (layer, bn) pair, e.g. (model.conv1, model.bn1).")
         layer, bn = pair
-        check_module(f"pairs[{place}][0]", layer)
-        if partner.get(layer, bn) is not bn or (bn in partner.values() and layer not in partner):
+        with errors_about(f"pairs[{place}]"):
+            check_module("layer", layer)
+            weight = Target.of(layer, "weight").parameter
+        if partner.setdefault(layer, bn) is not bn or feeds.setdefault(id(bn), layer) is not layer:
             raise ValueError(
                 f"pairs[{place}]: {type(layer).__name__} or {type(bn).__name__} stands in another pair too, so its "
                 "channels belong to no pair alone. Prune it with bn_scaling(..., paired=False) or leave it out."
             )
-        weight = Target.of(layer, "weight").parameter
-        if any(Target.of(other, "weight").parameter is weight for other in partner if other is not layer):
+        if feeds.setdefault(id(weight), layer) is not layer:
             raise ValueError(
-                f"pairs[{place}]: the weight of {type(layer).__name__} of shape {tuple(weight.shape)}, is tied to "
+                f"pairs[{place}]: the weight of {type(layer).__name__} of shape {tuple(weight.shape)} is tied to "
                 "that of an earlier layer, so its channels belong to no pair alone. Untie them, or leave it out."
             )
-        partner[layer] = bn
         yield layer, "weight"
 
 

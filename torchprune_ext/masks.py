@@ -5,21 +5,19 @@ Every mask has the shape, dtype, device and memory format of the tensor it is ma
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 import torch
 from torch import Tensor
 
 from torchprune_ext._checks import check_finite
-from torchprune_ext._chunks import over_chunks
 from torchprune_ext.patterns import NM, Channel, Kernel, Vector
-from torchprune_ext.selection import DEAD, Cut, Scores, kept, score_dtype
+from torchprune_ext.selection import CHUNK, DEAD, Cut, Scores, kept, score_dtype
 
-NM_CHUNK = 1 << 18  # entries of one step of the N:M network: all its planes stay in the processor's cache
+NM_TABLE = 4  # longest group whose comparisons, 6 of 4 entries, index a table of masks
 NM_NETWORK = 32  # longest group for which a network of minima and maxima beats selecting row by row
 
 
@@ -181,16 +179,12 @@ def nm_profile(scores: Tensor, pattern: NM, default_mask: Tensor | None = None) 
     rows, alive = _rows(scores, pattern, default_mask)
     m = min(pattern.m, max(rows.shape[1], 1))  # a group longer than the rows is filled up, and that is never kept
 
-    def rank(chunk: slice) -> list[tuple[int, float]]:
-        ranked = _descending(_nm_groups(rows[chunk], alive, chunk, m), range(m))
-        # what is dead is negative
-        return [(int((v >= 0).count_nonzero()), float(v.clamp_min(0).sum(dtype=torch.float64))) for v in ranked]
-
     entries, total = [0] * (pattern.m + 1), [0.0] * (pattern.m + 1)
-    for ranks in over_chunks(rank, _row_chunks(rows)):
-        for place, (number, score) in enumerate(ranks, start=1):
-            entries[place] += number
-            total[place] += score
+    for chunk in _row_chunks(rows):
+        ranked = _descending(_nm_groups(rows[chunk], alive, chunk, m), range(m))
+        for place, values in enumerate(ranked, start=1):
+            entries[place] += int((values >= 0).count_nonzero())  # what is dead is negative
+            total[place] += float(values.clamp_min(0).sum(dtype=torch.float64))
     return Profile(list(accumulate(entries)), list(accumulate(total)))
 
 
@@ -222,12 +216,10 @@ def nm_mask(scores: Tensor, pattern: NM, default_mask: Tensor | None = None) -> 
     out = torch.empty(rows.shape, dtype=like.dtype, device=like.device)
     m = min(pattern.m, max(rows.shape[1], 1))  # a group longer than the rows is filled up, and that is never kept
 
-    def write(chunk: slice) -> None:
+    for chunk in _row_chunks(rows):
         keep = _keep_largest(_nm_groups(rows[chunk], alive, chunk, m), min(pattern.n, m))
         keep = keep.view(len(out[chunk]), -1)[:, : rows.shape[1]]
         out[chunk] = keep if alive is None else keep * (alive[chunk] != 0)
-
-    deque(over_chunks(write, _row_chunks(rows)), maxlen=0)
     return finish(out.view(scores.movedim(axis, -1).shape).movedim(-1, axis), like)
 
 
@@ -251,7 +243,7 @@ def _row_chunks(rows: Tensor) -> list[slice]:
     """Return chunks of whole rows, since the groups of one row may end in a short one."""
     if not rows.numel():
         return []
-    step = max(1, NM_CHUNK // rows.shape[1]) if rows.is_cpu else len(rows)
+    step = max(1, CHUNK // rows.shape[1]) if rows.is_cpu else len(rows)
     return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
@@ -276,6 +268,8 @@ def _nm_groups(rows: Tensor, alive: Tensor | None, chunk: slice, m: int) -> Tens
 
 def _keep_largest(groups: Tensor, n: int) -> Tensor:
     """Return, as 0 and 1, which ``n`` entries of each row of ``groups`` are largest, the earlier of equal ones."""
+    if groups.shape[1] <= NM_TABLE:
+        return _by_comparisons(groups, n)
     [least] = _descending(groups, (n - 1,))
     # Spelled out, as comparing with a broadcast column would run an inner loop of m entries only.
     keep = least.repeat_interleave(groups.shape[1]).view(groups.shape).le_(groups)
@@ -284,6 +278,31 @@ def _keep_largest(groups: Tensor, n: int) -> Tensor:
         order = groups[tied].argsort(dim=1, descending=True, stable=True)
         keep[tied] = keep.new_zeros(order.shape).scatter_(1, order[:, :n], 1.0)
     return keep
+
+
+def _by_comparisons(groups: Tensor, n: int) -> Tensor:
+    """Return what :func:`_keep_largest` does, from all comparisons of the entries of a row, read as one number."""
+    wins = groups.new_zeros(len(groups), dtype=torch.uint8)
+    for i, j in combinations(range(groups.shape[1]), 2):
+        wins.mul_(2).add_((groups[:, i] >= groups[:, j]).view(torch.uint8))
+    return _winners(n, groups.shape[1]).to(groups).index_select(0, wins.int())
+
+
+@lru_cache(maxsize=64)
+def _winners(n: int, m: int) -> Tensor:
+    """Return, for each outcome of the comparisons ``(0, 1), (0, 2), ...`` of ``m`` entries, who loses fewer than ``n``.
+
+    Returns:
+        Shape ``(2 ** pairs, m)``, 0 and 1. The first comparison is the highest bit, 1 if the earlier entry wins.
+    """
+    pairs = list(combinations(range(m), 2))
+    table = torch.zeros(1 << len(pairs), m, device="cpu")
+    for outcome, row in enumerate(table):
+        losses = [0] * m
+        for bit, (earlier, later) in enumerate(reversed(pairs)):
+            losses[later if outcome >> bit & 1 else earlier] += 1
+        row.copy_(torch.tensor([loss < n for loss in losses], device="cpu"))
+    return table
 
 
 def _descending(groups: Tensor, places: Sequence[int]) -> list[Tensor]:

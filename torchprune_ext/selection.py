@@ -12,14 +12,12 @@ Ties are part of the definition: among equal scores, the entry with the lower in
 lower rank, is kept.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from torchprune_ext._chunks import over_chunks
 from torchprune_ext._ranks import Ranks
 
 SAMPLE = 65_536
@@ -46,12 +44,14 @@ class Scores:
         inputs: flat tensors of one length.
         alive: flat tensor of the same length, zero where an entry is pruned already; None if none is.
         dtype: what the scores are computed and compared in; the same for all parts of one selection.
+        safe: entries above this cut count as infinitely important; None if none do.
     """
 
     criterion: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
     alive: Tensor | None
     dtype: torch.dtype
+    safe: "Cut | None" = None
 
     @classmethod
     def of(cls, criterion: Callable[..., Tensor], *inputs: Tensor, alive: Tensor | None = None) -> "Scores":
@@ -71,7 +71,13 @@ class Scores:
     def at(self, index: slice | Tensor) -> Tensor:
         """Return the scores at ``index``, with ``DEAD`` where pruned."""
         scores = self.criterion(*(tensor[index].to(self.dtype) for tensor in self.inputs))
-        return scores if self.alive is None else scores.masked_fill(self.alive[index] == 0, DEAD)
+        if self.alive is not None:
+            scores = scores.masked_fill(self.alive[index] == 0, DEAD)
+        if self.safe is not None:
+            places = torch.arange(len(self), device=scores.device)[index] if isinstance(index, slice) else index
+            ties = (scores == self.safe.value).logical_and_(places < self.safe.position)
+            scores = scores.masked_fill(ties.logical_or_(scores > self.safe.value), float("inf"))
+        return scores
 
     def chunks(self) -> list[slice]:
         """Return the indices of consecutive chunks."""
@@ -111,8 +117,13 @@ def select_smallest(parts: Sequence[Scores], k: int, ranks: Ranks = ALONE) -> li
     """
     if k == 0:
         return [Cut(DEAD) for _ in parts]
-    total, dead = ranks.totals(sum(map(len, parts)), sum(len(p) - p.count_alive() for p in parts))
-    value, below, equal = _order_statistic(parts, dead + k, total, ranks)  # what is dead sorts first
+    total, dead, double = ranks.totals(
+        sum(map(len, parts)),
+        sum(len(part) - part.count_alive() for part in parts),
+        sum(part.dtype == torch.float64 for part in parts),  # a rank without parts has to know too
+    )
+    none = torch.empty(0, dtype=torch.float64 if double else torch.float32, device="cpu")
+    value, below, equal = _order_statistic(parts, dead + k, total, none, ranks)  # what is dead sorts first
     surplus = below + equal - dead - k  # of the entries equal to the value, so many stay: the first ones
     if surplus and ranks.size > 1:
         surplus -= sum(ranks.counts(_count(parts, torch.eq, value))[: ranks.rank])
@@ -138,20 +149,14 @@ def select_with_floors(parts: Sequence[Scores], k: int, floors: Sequence[int], r
     Returns:
         One cut for each of this process's parts.
     """
-    cuts: dict[int, Cut] = {}
-    while True:
-        free = [i for i in range(len(parts)) if i not in cuts]
-        shared = dict(zip(free, select_smallest([parts[i] for i in free], k, ranks), strict=True))
-        # More for the others means a higher cut, so what is below its floor now would be later too.
-        short = [i for i, cut in shared.items() if not _keeps(parts[i], cut, floors[i])]
-        if not ranks.total(len(short)):
-            return [(cuts | shared)[i] for i in range(len(parts))]
-        spent = 0
-        for i in short:
-            most = parts[i].count_alive() - floors[i]
-            cuts[i] = select_smallest([parts[i]], most)[0]
-            spent += most
-        k -= ranks.total(spent)
+    shared = select_smallest(parts, k, ranks)
+    if not ranks.total(sum(not _keeps(*each) for each in zip(parts, shared, floors, strict=True))):
+        return shared
+    most = [part.count_alive() - floor for part, floor in zip(parts, floors, strict=True)]
+    lowest = [select_smallest([part], count)[0] for part, count in zip(parts, most, strict=True)]
+    guarded = [replace(part, safe=cut) for part, cut in zip(parts, lowest, strict=True)]
+    shared = select_smallest(guarded, k, ranks)
+    return [min(pair, key=lambda cut: (cut.value, -cut.position)) for pair in zip(shared, lowest, strict=True)]
 
 
 def kept(part: Scores, cut: Cut, *, out: Tensor | None = None) -> Tensor:
@@ -168,13 +173,11 @@ def kept(part: Scores, cut: Cut, *, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = part.inputs[0].new_empty(len(part), dtype=torch.bool)
 
-    def write(index: slice) -> None:
+    for index in part.chunks():
         scores, target = part.at(index), out[index]
         ties = _ties(cut, index.start, scores)
         torch.ge(scores[:ties], cut.value, out=target[:ties])
         torch.gt(scores[ties:], cut.value, out=target[ties:])
-
-    deque(over_chunks(write, part.chunks()), maxlen=0)
     return out
 
 
@@ -194,9 +197,19 @@ def _keeps(part: Scores, cut: Cut, floor: int) -> bool:
     return floor <= 0
 
 
-def _order_statistic(parts: Sequence[Scores], rank: int, total: int, ranks: Ranks) -> tuple[float, int, int]:
-    """Return the ``rank``-th smallest score (1-based), how many are below it and how many equal it."""
-    sample = _sample(parts, total, ranks)
+def _order_statistic(
+    parts: Sequence[Scores], rank: int, total: int, none: Tensor, ranks: Ranks
+) -> tuple[float, int, int]:
+    """Return the ``rank``-th smallest score (1-based), how many are below it and how many equal it.
+
+    Args:
+        parts: scores of this process.
+        rank: which of the ``total`` scores, dead ones included.
+        total: number of scores of all processes.
+        none: empty tensor of the dtype that all processes score in.
+        ranks: processes that call this together.
+    """
+    sample = _sample(parts, total, none, ranks)
     share, size = rank / total, len(sample)
     spread = 3 * (size * share * (1 - share)) ** 0.5 + 2  # three standard deviations
     while True:
@@ -204,7 +217,7 @@ def _order_statistic(parts: Sequence[Scores], rank: int, total: int, ranks: Rank
         # half way to the dead rather than among them: they are below the rank, and too many to collect
         low = max(float(sample[first]), DEAD / 2) if 0 <= first < size else DEAD / 2
         high = float(sample[last]) if 0 <= last < size else float("inf")
-        up_to_low, between = _scan(parts, low, high)
+        up_to_low, between = _scan(parts, low, high, none)
         up_to_low, inside = ranks.totals(up_to_low, len(between))
         if up_to_low < rank <= up_to_low + inside:
             value, below, equal = _by_digits(between, rank - up_to_low, ranks)
@@ -217,15 +230,15 @@ def _order_statistic(parts: Sequence[Scores], rank: int, total: int, ranks: Rank
         spread *= 8
 
 
-def _sample(parts: Sequence[Scores], total: int, ranks: Ranks) -> Tensor:
+def _sample(parts: Sequence[Scores], total: int, none: Tensor, ranks: Ranks) -> Tensor:
     """Return sorted scores at random positions in all parts of all ranks; none where collecting all is cheaper."""
     sizes = torch.tensor([len(part) for part in parts], dtype=torch.int64, device="cpu")
     own = int(sizes.sum())
     if total <= 4 * SAMPLE:
-        return torch.empty(0, device="cpu")
+        return none
     generator = torch.Generator("cpu").manual_seed(total)  # our own: the user's random state stays untouched
     drawn = torch.randint(max(own, 1), (SAMPLE * own // total,), generator=generator, device="cpu").sort().values
-    chosen = [torch.empty(0, dtype=parts[0].dtype if parts else torch.float32, device="cpu")]
+    chosen = [none]
     ends = sizes.cumsum(0)
     for part, end, positions in zip(
         parts, ends.tolist(), drawn.tensor_split(torch.searchsorted(drawn, ends)[:-1]), strict=bool(parts)
@@ -235,18 +248,16 @@ def _sample(parts: Sequence[Scores], total: int, ranks: Ranks) -> Tensor:
     return ranks.concatenate(torch.cat(chosen)).sort().values
 
 
-def _scan(parts: Sequence[Scores], low: float, high: float) -> tuple[int, Tensor]:
+def _scan(parts: Sequence[Scores], low: float, high: float, none: Tensor) -> tuple[int, Tensor]:
     """Return how many scores are at most ``low``, and those strictly between ``low`` and ``high``."""
-
-    def scan(chunk: tuple[Scores, slice]) -> tuple[int, Tensor]:
-        scores = chunk[0].at(chunk[1])
-        above = scores > low
-        up_to_low = len(scores) - int(above.count_nonzero())
-        return up_to_low, scores[above.logical_and_(scores < high).nonzero().squeeze(1)].cpu()
-
-    found = list(over_chunks(scan, [(part, index) for part in parts for index in part.chunks()]))
-    none = torch.empty(0, dtype=parts[0].dtype if parts else torch.float32, device="cpu")
-    return sum(count for count, _ in found), torch.cat([none, *(between for _, between in found)])
+    up_to_low, between = 0, [none]
+    for part in parts:
+        for index in part.chunks():
+            scores = part.at(index)
+            above = scores > low
+            up_to_low += len(scores) - int(above.count_nonzero())
+            between.append(scores[above.logical_and_(scores < high).nonzero().squeeze(1)].cpu())
+    return up_to_low, torch.cat(between)
 
 
 def _by_digits(scores: Tensor, rank: int, ranks: Ranks) -> tuple[float, int, int]:
@@ -273,11 +284,7 @@ def _by_digits(scores: Tensor, rank: int, ranks: Ranks) -> tuple[float, int, int
 
 def _count(parts: Sequence[Scores], compare: Callable[[Tensor, float], Tensor], value: float) -> int:
     """Return for how many scores ``compare(score, value)`` holds."""
-
-    def count(chunk: tuple[Scores, slice]) -> int:
-        return int(compare(chunk[0].at(chunk[1]), value).count_nonzero())
-
-    return sum(over_chunks(count, [(part, index) for part in parts for index in part.chunks()]))
+    return sum(int(compare(part.at(index), value).count_nonzero()) for part in parts for index in part.chunks())
 
 
 def _position_of_tie(part: Scores, value: float, count: int) -> tuple[int, int]:
