@@ -9,7 +9,7 @@ import itertools
 import platform
 
 import torch
-from measure import extra_megabytes, in_fresh_process, seconds
+from measure import difference, extra_megabytes, in_fresh_process, seconds
 from torch import Tensor
 from torch.nn.utils import prune
 
@@ -94,7 +94,7 @@ def main() -> None:
             "ours": lambda amount=amount: our_entries(weight, amount),
             "native": lambda amount=amount: native_entries(weight, amount),
         }
-        same = torch.equal(calls["ours"](), calls["native"]())
+        same = difference([weight], [calls["ours"]()], [calls["native"]()])
         taken = seconds(calls, options.rounds)
         extra = {
             name: float(in_fresh_process(__file__, "--size", str(options.size), "--memory", name, str(amount)))
@@ -103,7 +103,7 @@ def main() -> None:
         print(
             f"{amount:<12}{taken['ours'] * 1e3:>9.1f} ms{taken['ours'] / copy:>8.1f}{taken['native'] * 1e3:>9.1f} ms"
             f"{taken['native'] / taken['ours']:>7.1f}x{extra['ours']:>9.0f} MB{extra['native']:>9.0f} MB"
-            f"{extra['ours'] / extra['native']:>7.2f}x" + ("" if same else "  MASKS DIFFER")
+            f"{extra['ours'] / extra['native']:>7.2f}x  masks {same}"
         )
     print("\nThe last three columns are the extra peak memory, each in a fresh process.")
 

@@ -3,9 +3,12 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+
+import torch
+from torch import Tensor
 
 
 def seconds(calls: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
@@ -45,3 +48,15 @@ def in_fresh_process(script: str, *arguments: str) -> str:
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout
+
+
+def difference(weights: Sequence[Tensor], ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> str:
+    """Say whether two sets of masks agree, and if not, whether only ties at the threshold were cut differently."""
+    apart = torch.cat([weight[a != b] for weight, a, b in zip(weights, ours, theirs, strict=True)]).abs()
+    if not len(apart):
+        return "identical"
+    ties = sum(int((weight.abs() == apart[0]).sum()) for weight in weights)
+    kept = sum(map(torch.sum, ours)) == sum(map(torch.sum, theirs))
+    if kept and bool((apart == apart[0]).all()):
+        return f"identical but for {len(apart)} of {ties} ties at the threshold"
+    return f"DIFFERENT in {len(apart)} entries"
