@@ -34,7 +34,9 @@ from torchprune_ext.plots import DENSE, KEPT
 STATISTICS_IMAGES = 5_000
 SPARSITIES = (0.7387, 0.90, 0.95)  # the first is what the chapter's amounts leave of all parameters
 SLIMMING_AMOUNT = 0.5
-SLIMMING_STRENGTH = 0.05  # the paper has 1e-4 for 160 epochs at ten times the learning rate; this run is short
+# The paper has 1e-4 for 160 epochs at ten times the learning rate; this run is short. Of 0.005, 0.01, 0.02, 0.05 and
+# 0.1 this one kept the most accuracy after pruning (97.1 %) on 2,000 digits held out of MNIST's 10,000 for training.
+SLIMMING_STRENGTH = 0.05
 SLIMMING_EPOCHS = 4
 
 Params = list[tuple[nn.Module, str]]
@@ -232,12 +234,17 @@ def slim(digits: Digits, seed: int, folder: Path) -> None:
 
 
 def draw_scales(found: dict[float, Tensor], file: Path) -> None:
-    """Draw a histogram of the scales for each strength of the penalty, and where half of them are smaller."""
+    """Draw a histogram of the scales for each strength of the penalty, and the value that splits them as asked."""
     figure, axes = pyplot.subplots(len(found), sharex=True, sharey=True, figsize=(7, 5), layout="constrained")
     largest = max(float(values.max()) for values in found.values())
     for ax, (strength, values), colour in zip(axes, found.items(), (DENSE, KEPT), strict=True):
         ax.hist(values.numpy(), bins=50, range=(0, largest), color=colour)
-        ax.axvline(float(values.quantile(SLIMMING_AMOUNT)), color="black", linestyle="--", label="pruned below")
+        ax.axvline(
+            float(values.quantile(SLIMMING_AMOUNT)),
+            color="black",
+            linestyle="--",
+            label=f"{SLIMMING_AMOUNT:.0%} are smaller",
+        )
         ax.set(title=f"penalty {strength:g}" if strength else "no penalty", ylabel="channels")
         ax.legend()
     axes[-1].set_xlabel("size of the BatchNorm scale")

@@ -767,6 +767,21 @@ def test_tied_parameters_have_one_statistic_under_both_names(name):
     assert found[both[0]].any()
 
 
+def test_tied_parameters_stay_tied_while_pruned():
+    model, twin = Tied(), Tied()
+    batches = [(torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))]
+    both = [(model.encoder, "weight"), (model.decoder, "weight")]
+    tpe.global_unstructured(both, amount=0.5)
+    with torch.no_grad():
+        twin.encoder.weight.mul_(model.encoder.weight_mask)
+    expected = calibration.gradients(twin, F.cross_entropy, batches, [(twin.encoder, "weight")], progress=False)
+    before = Snapshot(model)
+    found = calibration.gradients(model, F.cross_entropy, batches, both, progress=False)
+    for key in both:
+        close(found[key], expected[twin.encoder, "weight"])
+    assert before.differences() == []
+
+
 def test_tied_parameters_in_synflow_count_once():
     model = Tied()
     both = [(model.encoder, "weight"), (model.decoder, "weight")]
@@ -1286,11 +1301,39 @@ def an_error_on_one_rank_stops_all(rank, group):
         assert before.differences() == [], name
 
 
+def an_argument_that_is_wrong_on_one_rank_stops_all(rank, group):
+    model, batches, params = build()
+    before = Snapshot(model)
+    for bad, (function, wrong, error) in itertools.product(
+        (0, 1),
+        (
+            (calibration.taylor, {"per": "weight"}, ValueError),
+            (calibration.hessian_diagonal, {"method": "gnn"}, ValueError),
+            (calibration.hessian_diagonal, {"samples": 0}, ValueError),
+            (calibration.fisher, {"max_batches": 0}, ValueError),
+        ),
+    ):
+        with pytest.raises(error if rank == bad else RuntimeError):
+            function(
+                model, F.cross_entropy, batches, params, progress=False, process_group=group,
+                **(wrong if rank == bad else {}),
+            )  # fmt: skip
+        loader = iter(batches) if rank == bad else batches
+        with pytest.raises(TypeError if rank == bad else RuntimeError, match=r"iterator|ranks"):
+            calibration.grasp(model, F.cross_entropy, loader, params, progress=False, process_group=group)
+    assert before.differences() == []
+
+
 def run(rank, init):
     torch.set_num_threads(1)
     patience = datetime.timedelta(seconds=30)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2, timeout=patience)
-    for scenario in (half_of_the_data_each_is_all_of_it, random_probes_of_all_ranks, an_error_on_one_rank_stops_all):
+    for scenario in (
+        half_of_the_data_each_is_all_of_it,
+        random_probes_of_all_ranks,
+        an_error_on_one_rank_stops_all,
+        an_argument_that_is_wrong_on_one_rank_stops_all,
+    ):
         try:
             scenario(rank, dist.group.WORLD)
         except BaseException as error:

@@ -193,9 +193,9 @@ class Run:
         return [found[name].to(wide(found[name].dtype)) for name in self.names]
 
     def mean(self, sums: list[Tensor], count: float) -> dict[Key, Tensor]:
-        """Return ``sums`` over all ranks divided by ``count`` over all ranks, keyed as native pruning wants scores."""
+        """Divide ``sums`` over all ranks by ``count`` over all ranks; keyed as native pruning wants scores."""
         number = float(self.ranks.sum(torch.tensor(count, dtype=torch.float64)))
-        found = {key: self.ranks.sum(total) / number for key, total in zip(self.keys, sums, strict=True)}
+        found = {key: self.ranks.sum(total).div_(number) for key, total in zip(self.keys, sums, strict=True)}
         for (module, name), scores in found.items():
             check_finite(f"{type(module).__name__}.{name}: the statistic", scores)
         return found
@@ -222,19 +222,18 @@ def calibrating(model: nn.Module, params: Iterable[Key], options: Options) -> It
             raise ValueError(
                 "params=[] lists no tensor. Pass (module, name) pairs, e.g. of prunable_parameters(model)."
             )
-        stack.enter_context(_same_buffers(model))
-        with as_plain(model):
-            model.eval()
-            plain = [Target.of(target.module, target.name) for target in targets]
-            run = Run(model, plain, options)
-            flags = [(tensor, tensor.requires_grad) for tensor in run.tensors]
-            try:
-                for tensor, _ in flags:
-                    tensor.requires_grad_(True)
-                yield run
-            finally:
-                for tensor, flag in flags:
-                    tensor.requires_grad_(flag)
+        stack.enter_context(as_plain(model))
+        stack.enter_context(_same_buffers(model))  # the masks are none of them now
+        model.eval()
+        run = Run(model, [Target.of(target.module, target.name) for target in targets], options)
+        flags = [(tensor, tensor.requires_grad) for tensor in run.tensors]
+        try:
+            for tensor, _ in flags:
+                tensor.requires_grad_(True)
+            yield run
+        finally:
+            for tensor, flag in flags:
+                tensor.requires_grad_(flag)
 
 
 @contextmanager

@@ -4,6 +4,9 @@ All functions return ``{(module, name): tensor}``, the form that native ``global
 as ``importance_scores`` (or ``hessian_diag``). The tensors have the shape and device of the parameter and are at least
 float32. Pruned models are calibrated at their effective weights, and what a pruned entry would be worth is told too.
 The model is left exactly as it was. The options of all functions are those of :class:`.Options`.
+
+Beside a training step's memory a statistic takes one tensor per parameter, one more per pruned parameter, at most
+64 MB where it needs the gradients of single samples, and what its docstring says beyond that.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,7 +34,6 @@ from torchprune_ext._passes import (
     tree_map,
     wide,
 )
-from torchprune_ext._ranks import Ranks
 from torchprune_ext.masks import identity
 from torchprune_ext.selection import Scores, kept, select_smallest
 
@@ -71,7 +73,7 @@ def gradients(
         for batch in run.batches(loader, "gradients"):
             _add(sums, run.grads(run.loss(loss_fn, batch)), batch.size)
             count += batch.size
-    return {key: mean.abs() for key, mean in run.mean(sums, count).items()}
+    return {key: mean.abs_() for key, mean in run.mean(sums, count).items()}
 
 
 def taylor(
@@ -113,17 +115,17 @@ def taylor(
         >>> taylor(layer, lambda out, _: out.mean(), data, [(layer, "weight")], per="batch")[layer, "weight"]
         tensor([[0., 4.]])
     """
-    if per not in ("sample", "batch"):
-        raise ValueError(f"per={per!r} is unknown. Pass 'sample' or 'batch'.")
     with calibrating(model, params, options) as run:
+        if per not in ("sample", "batch"):
+            raise ValueError(f"per={per!r} is unknown. Pass 'sample' or 'batch'.")
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "taylor"):
             if per == "batch":
                 grads = run.grads(run.loss(loss_fn, batch))
-                _add(sums, [(g * t).abs() for g, t in zip(grads, run.tensors, strict=True)], batch.size)
+                _add(sums, ((g * t).abs() for g, t in zip(grads, run.tensors, strict=True)), batch.size)
             else:
                 for each in run.sample_grads(loss_fn, batch, batch.targets):
-                    _add(sums, [(g * t).abs().sum(0) for g, t in zip(each, run.tensors, strict=True)])
+                    _add(sums, ((g * t).abs().sum(0) for g, t in zip(each, run.tensors, strict=True)))
             count += batch.size
     return run.mean(sums, count)
 
@@ -162,7 +164,7 @@ def fisher(
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "fisher"):
             for each in run.sample_grads(loss_fn, batch, batch.targets):
-                _add(sums, [g.square().sum(0) for g in each])
+                _add(sums, (g.square().sum(0) for g in each))
             count += batch.size
     return run.mean(sums, count)
 
@@ -200,6 +202,9 @@ def hessian_diagonal(
       double backward. Unbiased for any network, but noisy: see ``standard_error`` of the result.
     - ``"exact"``: column by column, for at most 20,000 weights.
 
+    ``"hutchinson"`` and ``"exact"`` keep the graph of the gradient, about the memory of a second training step, and
+    ``"hutchinson"`` six tensors per parameter instead of one.
+
     Args:
         model: any module; runs in eval mode.
         loss_fn: from the model's output and the targets to a number, a mean over the samples of the batch.
@@ -207,7 +212,8 @@ def hessian_diagonal(
         params: ``(module, name)`` pairs within ``model``.
         method: see above.
         samples: number of random probes; by default none for ``"ggn"`` (exact) and 100 for ``"hutchinson"``.
-        generator: source of the probes, on the CPU; by default one of its own with a fixed seed.
+        generator: source of the probes, on the CPU; by default one with a fixed seed. Give each process of a
+            ``process_group`` one of its own, or their errors add up and ``standard_error`` is too small.
         **options: see :class:`.Options`.
 
     Returns:
@@ -227,63 +233,68 @@ def hessian_diagonal(
         >>> hessian_diagonal(layer, nn.functional.mse_loss, data, [(layer, "weight")])[layer, "weight"].round()
         tensor([[ 2., 10.]])
     """
-    if samples is not None:
-        check_whole("samples", samples, 1)
-    if generator is None:  # probes of its own for each rank, as the ranks' errors shall not add up
-        generator = torch.Generator().manual_seed(Ranks(options.get("process_group")).rank)
-    if method == "ggn":
-        return _gauss_newton(model, loss_fn, loader, params, samples, generator, options)
-    if method == "hutchinson":
-        return _hutchinson(model, loss_fn, loader, params, samples or 100, generator, options)
-    if method != "exact":
-        raise ValueError(f"method={method!r} is unknown. Pass 'ggn', 'hutchinson' or 'exact'.")
     with calibrating(model, params, options) as run:
-        if (number := sum(tensor.numel() for tensor in run.tensors)) > EXACT_LIMIT:
-            raise ValueError(
-                f"method='exact' takes a backward pass per weight, and params hold {number} weights of {EXACT_LIMIT} "
-                "that it allows. Use method='ggn', or list fewer."
-            )
-        sums, count = run.zeros(), 0
-        for batch in run.batches(loader, "hessian, exact"):
-            grads = run.differentiable_grads(loss_fn, batch)
-            for total, gradient, tensor in zip(sums, grads, run.tensors, strict=True):
-                flat, rows = torch.zeros_like(total).reshape(-1), gradient.reshape(-1)
-                for i in range(len(flat) if rows.requires_grad else 0):
-                    [row] = torch.autograd.grad(rows[i], tensor, retain_graph=True, allow_unused=True)
-                    flat[i] = 0 if row is None else row.reshape(-1)[i]
-                total.add_(flat.view(total.shape), alpha=batch.size)
-            count += batch.size
-    return HessianDiagonal(run.mean(sums, count))
+        if samples is not None:
+            check_whole("samples", samples, 1)
+        if generator is None:  # probes of its own for each rank, as the ranks' errors shall not add up
+            generator = torch.Generator().manual_seed(run.ranks.rank)
+        if method == "hutchinson":
+            sums, variances, count = _hutchinson(run, loss_fn, loader, samples or 100, generator)
+        elif method == "ggn":
+            sums, count = _gauss_newton(run, loss_fn, loader, samples, generator)
+        elif method == "exact":
+            sums, count = _column_by_column(run, loss_fn, loader)
+        else:
+            raise ValueError(f"method={method!r} is unknown. Pass 'ggn', 'hutchinson' or 'exact'.")
+    found = HessianDiagonal(run.mean(sums, count))
+    if method == "hutchinson" and samples != 1:  # one probe does not tell how much they vary
+        # the mean weighs each batch by its samples, so its variance weighs them by the square
+        squared = run.mean(variances, 1 / run.ranks.size)
+        number = run.ranks.total(count)
+        found.standard_error = {key: variance.sqrt_().div_(number) for key, variance in squared.items()}
+    return found
+
+
+def _column_by_column(run: Run, loss_fn: LossFn, loader: Iterable[Any]) -> tuple[list[Tensor], int]:
+    if (number := sum(tensor.numel() for tensor in run.tensors)) > EXACT_LIMIT:
+        raise ValueError(
+            f"method='exact' takes a backward pass per weight, and params hold {number} weights of {EXACT_LIMIT} "
+            "that it allows. Use method='ggn', or list fewer."
+        )
+    sums, count = run.zeros(), 0
+    for batch in run.batches(loader, "hessian, exact"):
+        grads = run.differentiable_grads(loss_fn, batch)
+        for total, gradient, tensor in zip(sums, grads, run.tensors, strict=True):
+            flat, rows = torch.zeros_like(total).reshape(-1), gradient.reshape(-1)
+            for i in range(len(flat) if rows.requires_grad else 0):
+                [row] = torch.autograd.grad(rows[i], tensor, retain_graph=True, allow_unused=True)
+                flat[i] = 0 if row is None else row.reshape(-1)[i]
+            total.add_(flat.view(total.shape), alpha=batch.size)
+        count += batch.size
+    return sums, count
 
 
 def _gauss_newton(
-    model: nn.Module,
-    loss_fn: LossFn,
-    loader: Iterable[Any],
-    params: Iterable[Key],
-    samples: int | None,
-    generator: torch.Generator,
-    options: Options,
-) -> HessianDiagonal:
-    with calibrating(model, params, options) as run:
-        sums, count = run.zeros(), 0
-        for batch in run.batches(loader, "hessian, Gauss-Newton"):
-            run.check_reached(loss_fn, batch, batch.targets)
-            roots = _loss_roots(run, loss_fn, batch)  # (samples of the batch, outputs, outputs)
-            if samples is not None:
-                signs = torch.randint(2, (len(roots), samples, roots.shape[1]), generator=generator) * 2.0 - 1
-                roots = signs.to(roots) @ roots / samples**0.5
-            for cotangents in roots.unbind(1):
-                if not cotangents.any():
-                    continue  # the Hessian of cross-entropy, for one, has a direction without curvature
+    run: Run, loss_fn: LossFn, loader: Iterable[Any], samples: int | None, generator: torch.Generator
+) -> tuple[list[Tensor], int]:
+    sums, count = run.zeros(), 0
+    for batch in run.batches(loader, "hessian, Gauss-Newton"):
+        run.check_reached(loss_fn, batch, batch.targets)
+        roots = _loss_roots(run, loss_fn, batch)  # (samples of the batch, outputs, outputs)
+        if samples is not None:
+            signs = torch.randint(2, (len(roots), samples, roots.shape[1]), generator=generator) * 2.0 - 1
+            roots = signs.to(roots) @ roots / samples**0.5
+        for cotangents in roots.unbind(1):
+            if not cotangents.any():
+                continue  # the Hessian of cross-entropy, for one, has a direction without curvature
 
-                def along(output: Tensor, cotangent: Tensor) -> Tensor:
-                    return (output.reshape(-1) * cotangent.reshape(-1)).sum()
+            def along(output: Tensor, cotangent: Tensor) -> Tensor:
+                return (output.reshape(-1) * cotangent.reshape(-1)).sum()
 
-                for each in run.sample_grads(along, batch, cotangents):
-                    _add(sums, [g.square().sum(0) for g in each])
-            count += batch.size
-    return HessianDiagonal(run.mean(sums, count))
+            for each in run.sample_grads(along, batch, cotangents):
+                _add(sums, (g.square().sum(0) for g in each))
+        count += batch.size
+    return sums, count
 
 
 def _loss_roots(run: Run, loss_fn: LossFn, batch: Batch) -> Tensor:
@@ -325,45 +336,32 @@ def _loss_roots(run: Run, loss_fn: LossFn, batch: Batch) -> Tensor:
 
 
 def _hutchinson(
-    model: nn.Module,
-    loss_fn: LossFn,
-    loader: Iterable[Any],
-    params: Iterable[Key],
-    samples: int,
-    generator: torch.Generator,
-    options: Options,
-) -> HessianDiagonal:
-    with calibrating(model, params, options) as run:
-        sums, variances, count = run.zeros(), run.zeros(), 0
-        for batch in run.batches(loader, "hessian, Hutchinson"):
-            grads = run.differentiable_grads(loss_fn, batch)
-            first, second = run.zeros(), run.zeros()
-            for _ in range(samples):
-                signs = [(torch.randint(2, g.shape, generator=generator) * 2 - 1).to(g) for g in grads]
-                products = torch.autograd.grad(
-                    [g for g in grads if g.requires_grad],
-                    run.tensors,
-                    [v for v, g in zip(signs, grads, strict=True) if g.requires_grad],
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                estimate = [v * product for v, product in zip(signs, products, strict=True)]
-                _add(first, estimate)
-                _add(second, [e.square() for e in estimate])
-            means = [total / samples for total in first]
-            _add(sums, means, batch.size)
-            for total, squares, mean in zip(variances, second, means, strict=True):
-                total += (squares / samples - mean.square()).clamp_min(0) / max(samples - 1, 1) * batch.size**2
-            count += batch.size
-    found = HessianDiagonal(run.mean(sums, count))
-    if samples == 1:
-        return found  # one probe does not tell how much they vary
-    # the mean weighs each batch by its samples, so its variance weighs them by the square
-    squared = run.mean(variances, 1 / run.ranks.size)
-    number = run.ranks.total(count)
-    found.standard_error = {key: variance.sqrt() / number for key, variance in squared.items()}
-    return found
+    run: Run, loss_fn: LossFn, loader: Iterable[Any], samples: int, generator: torch.Generator
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Return sums of the estimates and of their variances, and how many samples the data had."""
+    sums, variances, count = run.zeros(), run.zeros(), 0
+    for batch in run.batches(loader, "hessian, Hutchinson"):
+        grads = run.differentiable_grads(loss_fn, batch)
+        first, second = run.zeros(), run.zeros()
+        for _ in range(samples):
+            signs = [(torch.randint(2, g.shape, generator=generator) * 2 - 1).to(g) for g in grads]
+            products = torch.autograd.grad(
+                [g for g in grads if g.requires_grad],
+                run.tensors,
+                [v for v, g in zip(signs, grads, strict=True) if g.requires_grad],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            estimate = [v * product for v, product in zip(signs, products, strict=True)]
+            _add(first, estimate)
+            _add(second, (e.square() for e in estimate))
+        means = [total / samples for total in first]
+        _add(sums, means, batch.size)
+        for total, squares, mean in zip(variances, second, means, strict=True):
+            total += (squares / samples - mean.square()).clamp_min(0) / max(samples - 1, 1) * batch.size**2
+        count += batch.size
+    return sums, variances, count
 
 
 def activations(
@@ -486,7 +484,8 @@ def grasp(
 
     Removing a weight changes the squared norm of the gradient by about :math:`-2 w_j (Hg)_j`; the paper removes the
     weights with the largest :math:`-w_j (Hg)_j`, so those with the smallest score here. The gradient and the Hessian
-    are those of the mean loss over all batches given, which takes two passes over the loader.
+    are those of the mean loss over all batches given, which takes two passes over the loader. Keeps the graph of the
+    gradient, about the memory of a second training step, and two tensors per parameter.
 
     Args:
         model: a freshly initialized module; runs in eval mode.
@@ -513,16 +512,15 @@ def grasp(
         >>> grasp(layer, nn.functional.mse_loss, data, [(layer, "weight")])[layer, "weight"]
         tensor([[ 0., 60.]])
     """
-    if isinstance(loader, Iterator):
-        raise TypeError("loader is an iterator, but grasp reads the data twice. Pass a list or a DataLoader.")
-    params = list(params)
     with calibrating(model, params, options) as run:
+        if isinstance(loader, Iterator):
+            raise TypeError("loader is an iterator, but grasp reads the data twice. Pass a list or a DataLoader.")
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "grasp, gradient"):
             _add(sums, run.grads(run.loss(loss_fn, batch)), batch.size)
             count += batch.size
     gradient = run.mean(sums, count)
-    with calibrating(model, params, options) as run:
+    with calibrating(model, run.keys, options) as run:
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "grasp, Hessian"):
             grads = run.differentiable_grads(loss_fn, batch)
@@ -656,9 +654,9 @@ def _inputs_like(module: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
     else:  # (out, in / groups, *kernel): the first of the equal blocks of outputs reads the first block of inputs
         blocks = inputs.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
         per_weight = blocks.view(weight.shape[0], -1, *[1] * (weight.dim() - 2))
-    return per_weight.expand(weight.shape)
+    return per_weight.expand(weight.shape).clone()
 
 
-def _add(sums: list[Tensor], values: list[Tensor], weight: float = 1) -> None:
+def _add(sums: list[Tensor], values: Iterable[Tensor], weight: float = 1) -> None:
     for total, value in zip(sums, values, strict=True):
         total.add_(value.detach(), alpha=weight)

@@ -388,7 +388,7 @@ def global_nm_structured(
         m: group length (count).
         amount: fraction (float) or number (int) of the entries of the list not yet pruned that shall go at least;
             exceeded by less than the groups of one tensor times the size of a step, where steps do not fit.
-        choices: values of ``n`` to choose from, by default ``min_keep`` to ``m``; those below ``min_keep`` do not count.
+        choices: values of ``n`` to choose from, by default all; those below ``min_keep`` do not count.
         dim: axis that the groups run along, see :class:`.NMStructured`.
         pad: let a short last group count as filled up with zeros.
         importance_scores: scores of every listed tensor, keyed by its pair; by default :math:`|w|`.
