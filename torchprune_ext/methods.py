@@ -110,7 +110,7 @@ class _Entries(Method):
         except ValueError as error:
             name = type(self).__name__
             raise ValueError(f"{error} ({name} cannot rank plain weights: pass importance_scores.)") from error
-        return self._drop(Scores.of(identity, t, alive=default_mask), t if default_mask is None else default_mask)
+        return self._drop(Scores.of(identity, t, alive=default_mask), _like(t, default_mask))
 
     def _drop(self, scores: Scores, like: Tensor) -> Tensor:
         [cut] = select_smallest([scores], resolve_amount(self.amount, scores.count_alive(), "entries"))
@@ -258,7 +258,7 @@ class Threshold(Method):
         """Return the mask for weights or scores ``t``."""
         check_finite("importance_scores", t)
         scores = Scores.of(criteria.magnitude, t, alive=default_mask)
-        return threshold_mask(scores, float(self.threshold), t if default_mask is None else default_mask)
+        return threshold_mask(scores, float(self.threshold), _like(t, default_mask))
 
     def _mask(self, target: Target, importance_scores: Tensor | None) -> Tensor:
         mask = super()._mask(target, importance_scores)
@@ -307,7 +307,7 @@ class EveryOther(Method):
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         """Return the mask; of ``t`` only the shape counts."""
-        return every_other_mask(self.step, self.offset, t if default_mask is None else default_mask, default_mask)
+        return every_other_mask(self.step, self.offset, _like(t, default_mask), default_mask)
 
     def _mask(self, target: Target, importance_scores: Tensor | None) -> Tensor:
         return finish(self.compute_mask(target.parameter.detach(), target.mask), target.parameter)
@@ -372,7 +372,7 @@ class _Units(Method):
         pattern = self._pattern()
         scores = unit_scores(t, pattern, self.n, default_mask)
         keep = _keep_units(scores, self.amount, pattern.units)
-        return unit_mask(keep, pattern, t if default_mask is None else default_mask, default_mask)
+        return unit_mask(keep, pattern, _like(t, default_mask), default_mask)
 
 
 class KernelLn(_Units):
@@ -521,7 +521,12 @@ class BNScaling(Method):
         check_scores("importance_scores", t, t.shape)
         pattern = Channel(self.dim, self.groups)
         keep = _keep_units(unit_scores(t, pattern, math.inf, default_mask), self.amount, pattern.units)
-        return unit_mask(keep, pattern, t if default_mask is None else default_mask, default_mask)
+        return unit_mask(keep, pattern, _like(t, default_mask), default_mask)
+
+
+def _like(t: Tensor, default_mask: Tensor | None) -> Tensor:
+    """Return the tensor whose dtype and memory format the new mask gets."""
+    return t if default_mask is None else default_mask
 
 
 def _keep_units(scores: Scores, amount: float, units: str) -> Tensor:
