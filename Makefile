@@ -49,6 +49,7 @@ docs: $(INSTALLED)
 	$(SPHINX) -b html docs build/docs
 	@echo "Open build/docs/index.html"
 
+docs-examples: export TQDM_DISABLE := 1
 docs-examples: $(INSTALLED)
 	@echo "== the examples of the documentation and of the README do what they say"
 	$(SPHINX) -b doctest docs build/docs-examples

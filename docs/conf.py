@@ -33,7 +33,7 @@ doctest_default_flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctes
 
 # Every reference must resolve, except into Python and PyTorch, whose inventories are not here, and private modules.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(collections\.abc|torch|torchprune_ext\._\w+)\..*")]
+nitpick_ignore_regex = [(r"py:.*", r"(collections\.abc|torch|typing_extensions|torchprune_ext\._\w+)\..*")]
 
 
 def label_as_field(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

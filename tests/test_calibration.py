@@ -767,6 +767,18 @@ def test_tied_parameters_have_one_statistic_under_both_names(name):
     assert found[both[0]].any()
 
 
+def test_tied_parameters_share_their_random_probes():
+    model = Tied()
+    batches = [(torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))]
+    both = [(model.encoder, "weight"), (model.decoder, "weight")]
+    options = {"method": "hutchinson", "samples": 5, "progress": False}
+    alone = calibration.hessian_diagonal(model, F.cross_entropy, batches, both[:1], **options)
+    found = calibration.hessian_diagonal(model, F.cross_entropy, batches, both, **options)
+    for key in both:
+        close(found[key], alone[both[0]])
+        close(found.standard_error[key], alone.standard_error[both[0]])
+
+
 def test_tied_parameters_stay_tied_while_pruned():
     model, twin = Tied(), Tied()
     batches = [(torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))]

@@ -92,7 +92,7 @@ class Run:
             check_whole("max_batches", most, 1)
         device = self.tensors[0].device
         count = 0
-        for raw in _with_progress(loader, what, most, self.options.get("progress")):
+        for raw in with_progress(loader, what, most, self.options.get("progress")):
             yield Batch(raw, self.options.get("prepare"), device)
             count += 1
             if count == most:
@@ -217,6 +217,8 @@ def calibrating(model: nn.Module, params: Iterable[Key], options: Options) -> It
         stack.enter_context(torch.random.fork_rng() if options.get("keep_rng") else nullcontext())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # cuDNN's have no backward in eval mode
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         targets = list(targets_of(params).values())
         if not targets:
             raise ValueError(
@@ -299,7 +301,8 @@ def leaves(tree: Any) -> list[Tensor]:
     return found
 
 
-def _with_progress(loader: Iterable[Any], what: str, most: int | None, progress: bool | None) -> Iterable[Any]:
+def with_progress(loader: Iterable[Any], what: str, most: int | None, progress: bool | None) -> Iterable[Any]:
+    """Return ``loader`` with a progress bar called ``what``, if ``progress`` and what is installed allow it."""
     if progress is False:
         return loader
     try:

@@ -80,7 +80,7 @@ class Ranks:
         if error is not None:
             raise error
         if failed:
-            raise RuntimeError(f"ranks {failed} refused their part of this call; see their errors. Nothing is pruned.")
+            raise RuntimeError(f"ranks {failed} refused their part of this call; see their errors. Nothing is changed.")
 
     def _device(self) -> torch.device:
         return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")

@@ -197,7 +197,8 @@ def hessian_diagonal(
       Jacobian :math:`J_i` of the output and the Hessian :math:`H_i` of the loss with respect to the output. Never
       negative for convex losses as cross-entropy and squared error; for networks that are piecewise linear in each
       weight, such as ReLU networks, it *is* the diagonal of the Hessian. Costs a backward pass per output and sample,
-      or ``samples`` of them for an unbiased estimate.
+      or ``samples`` of them for an unbiased estimate. Negative curvature of the loss with respect to the output, as
+      some losses have, counts as none. Holds some matrices of outputs x outputs for each sample of a batch.
     - ``"hutchinson"``: mean of :math:`v \odot Hv` over ``samples`` random sign vectors :math:`v` (default 100) by
       double backward. Unbiased for any network, but noisy: see ``standard_error`` of the result.
     - ``"exact"``: column by column, for at most 20,000 weights.
@@ -341,19 +342,19 @@ def _hutchinson(
     """Return sums of the estimates and of their variances, and how many samples the data had."""
     sums, variances, count = run.zeros(), run.zeros(), 0
     for batch in run.batches(loader, "hessian, Hutchinson"):
-        grads = run.differentiable_grads(loss_fn, batch)
+        unique = dict(zip(run.names, run.differentiable_grads(loss_fn, batch), strict=True))  # tied ones once
         first, second = run.zeros(), run.zeros()
         for _ in range(samples):
-            signs = [(torch.randint(2, g.shape, generator=generator) * 2 - 1).to(g) for g in grads]
+            signs = {n: (torch.randint(2, g.shape, generator=generator) * 2 - 1).to(g) for n, g in unique.items()}
             products = torch.autograd.grad(
-                [g for g in grads if g.requires_grad],
+                [g for g in unique.values() if g.requires_grad],
                 run.tensors,
-                [v for v, g in zip(signs, grads, strict=True) if g.requires_grad],
+                [signs[name] for name, g in unique.items() if g.requires_grad],
                 retain_graph=True,
                 allow_unused=True,
                 materialize_grads=True,
             )
-            estimate = [v * product for v, product in zip(signs, products, strict=True)]
+            estimate = [signs[name] * product for name, product in zip(run.names, products, strict=True)]
             _add(first, estimate)
             _add(second, (e.square() for e in estimate))
         means = [total / samples for total in first]
@@ -550,7 +551,8 @@ def synflow(
     the paths through the network, and :math:`w \odot \partial R / \partial w` says how much of it goes through each
     weight. In ``steps`` rounds the kept fraction falls geometrically to ``1 - target_sparsity``, and the scores of what
     is left are computed anew in each. The result ranks all weights by the round in which they went, so one global call
-    with the same ``target_sparsity`` prunes as the iteration did.
+    with the same ``target_sparsity`` prunes as the iteration did. In float64, and so about five times the size of the
+    listed tensors.
 
     Args:
         model: any module whose output is a tensor, with or without training; runs in eval mode, in float64.
@@ -561,8 +563,8 @@ def synflow(
         steps: number of rounds.
 
     Returns:
-        Scores in [0, steps + 1], without unit: how many rounds a weight survived, and behind the point its share of the
-        flow in the last of them.
+        Scores in [0, steps + 1] without unit, namely how many rounds a weight survived, and behind the point its share
+        of the flow in the last of them.
 
     Raises:
         TypeError: an argument of the wrong type.
