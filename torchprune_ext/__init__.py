@@ -1,6 +1,7 @@
 """Pruning methods that ``torch.nn.utils.prune`` does not have, in its own calls, hooks, buffers and containers."""
 
 from torchprune_ext import calibration, criteria, masks, patterns, selection
+from torchprune_ext.compensation import Fit, compensate, prune_and_compensate, sparsegpt
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
     bn_scaling,
@@ -43,6 +44,7 @@ __all__ = [
     "BNScaling",
     "Channel",
     "EveryOther",
+    "Fit",
     "GradientMagnitude",
     "Kernel",
     "KernelLn",
@@ -55,6 +57,7 @@ __all__ = [
     "bn_pairs",
     "bn_scaling",
     "calibration",
+    "compensate",
     "criteria",
     "every_other",
     "global_bn_scaling",
@@ -72,10 +75,12 @@ __all__ = [
     "obd_saliency",
     "patterns",
     "prunable_parameters",
+    "prune_and_compensate",
     "pruned_parameters",
     "remove",
     "remove_all",
     "selection",
+    "sparsegpt",
     "threshold",
     "undo",
     "undo_all",

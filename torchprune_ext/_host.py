@@ -194,6 +194,21 @@ def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[B
     return hooks
 
 
+def rewrite(values: Sequence[tuple[Target, Tensor, Tensor | None]]) -> None:
+    """Give targets new dense values and, where not None, their modules a bias, or change nothing."""
+    with all_or_nothing(target.module for target, _, _ in values):
+        for target, dense, bias in values:
+            module, name = target.module, target.name
+            target.parameter.data = dense
+            old = module._parameters.get("bias")
+            if bias is not None and old is not None:
+                old.data = bias
+            elif bias is not None:
+                module.bias = nn.Parameter(bias)
+            if f"{name}_mask" in module._buffers:  # its hook may be lost
+                setattr(module, name, module.get_buffer(f"{name}_mask").to(dense.dtype) * target.parameter)
+
+
 def uninstall(targets: Sequence[Target], *, keep_masked: bool) -> None:
     """Turn pruned targets into plain parameters again, or change nothing.
 

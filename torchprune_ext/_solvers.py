@@ -1,0 +1,214 @@
+r"""Least squares of one layer under a mask: which entries to keep, and what they should be. No modules, no hooks.
+
+All functions minimise :math:`\|Y - X W^\top\|^2` over :math:`W` through the second moments :math:`G = X^\top X` and
+:math:`C = Y^\top X`, for one or more groups at once: ``weight`` has shape ``(groups, outputs, inputs)``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Choose = Callable[[Tensor], Tensor]  # from scores of a layer, (groups, outputs, inputs), to a mask of 0 and 1
+RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
+ROUNDS = 60  # most steps of the conjugate gradients
+SPLITTING = 30  # steps of the operator splitting
+PENALTY, GROWTH, EVERY = 0.1, 1.3, 3  # its penalty at first, and by what it grows every so many steps
+BLOCK = 128  # columns that SparseGPT treats at once
+
+
+class Moments:
+    """Sums over the samples of a layer's inputs and outputs, in float64, taken about the means of the first batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: list[Any] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in samples: inputs ``(groups, samples, inputs)`` and dense outputs ``(groups, samples, outputs)``."""
+        if not x.shape[1]:
+            return
+        x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
+        if not self.count:
+            self.origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        x, y = x - self.origin[0], y - self.origin[1]
+        found = [x.sum(1), y.sum(1), x.mT @ x, y.mT @ x, y.square().sum(1)]
+        self.sums = [a.add_(b) for a, b in zip(self.sums, found, strict=bool(self.sums))] or [t.double() for t in found]
+        self.count += x.shape[1]
+
+    def problem(self, bias: Tensor | None) -> "Problem":
+        """Return the least squares with the best bias for each weight, or with a fixed ``bias``, (groups, outputs)."""
+        sum_x, sum_y, gram, cross, energy = self.sums
+        mean_x, mean_y = sum_x / self.count, sum_y / self.count
+        gram = gram - self.count * mean_x.unsqueeze(-1) * mean_x.unsqueeze(-2)
+        cross = cross - self.count * mean_y.unsqueeze(-1) * mean_x.unsqueeze(-2)
+        variation = energy = energy - self.count * mean_y.square()
+        mean_x, mean_y = mean_x + self.origin[0].squeeze(1), mean_y + self.origin[1].squeeze(1)
+        if bias is not None:
+            rest = mean_y - bias
+            gram = gram + self.count * mean_x.unsqueeze(-1) * mean_x.unsqueeze(-2)
+            cross = cross + self.count * rest.unsqueeze(-1) * mean_x.unsqueeze(-2)
+            energy = energy + self.count * rest.square()
+        return Problem(gram, cross, energy, variation, mean_x, mean_y, self.count, bias is None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """The least squares of one layer: all that its samples say of it."""
+
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
+    variation: Tensor  # squares of the outputs about their means
+    mean_x: Tensor
+    mean_y: Tensor
+    count: int
+    centred: bool  # taken about the means, so that the bias is at its best
+
+    def error(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the squared error of each row; without ``bias`` with the best one, or the one fixed in the problem."""
+        weight = weight.double()
+        product = weight @ self.gram
+        found = (self.energy + (product.sub_(self.cross, alpha=2) * weight).sum(-1)).clamp_min(0)
+        return found if bias is None else found + self.count * (self.best_bias(weight) - bias).square()
+
+    def best_bias(self, weight: Tensor) -> Tensor:
+        """Return the best bias of each row, ``(groups, outputs)``."""
+        return self.mean_y - (weight.double() @ self.mean_x.unsqueeze(-1)).squeeze(-1)
+
+    def input_norms(self) -> Tensor:
+        """Return the norm of each input over the samples, ``(groups, inputs)``."""
+        about = self.count * self.mean_x.square() if self.centred else 0.0
+        return (self.gram.diagonal(dim1=-2, dim2=-1) + about).sqrt()
+
+    def damped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the Gram matrix with a ridge, the ridge, and the cross moments, scaled to a mean diagonal of 1."""
+        size = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        size = torch.where(size > 0, size, 1.0)
+        gram = (self.gram / size).to(dtype)
+        gram.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
+        return gram, torch.full_like(size, RIDGE).to(dtype), (self.cross / size).to(dtype)
+
+
+def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
+    """Return the best weights on the support ``keep``, by conjugate gradients over all rows at once.
+
+    The Gram matrix is shared, so one product per step serves every row; the mask projects and the diagonal
+    preconditions. A ridge pulls towards ``weight``. No row gets worse.
+
+    Args:
+        problem: the layer's least squares.
+        weight: where to start from; what is not kept counts as 0.
+        keep: 0 and 1, of its shape.
+    """
+    gram, ridge, cross = problem.damped(weight.dtype)
+    scale = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    start = weight * keep
+    found = start.clone()
+    residual = (cross + ridge * start - start @ gram).mul_(keep)
+    direction = residual / scale
+    slope = (residual * direction).sum(-1, keepdim=True)
+    enough = slope * torch.finfo(weight.dtype).eps
+    for _ in range(ROUNDS):
+        if not (slope > enough).any():
+            break
+        product = (direction @ gram).mul_(keep)
+        curvature = (direction * product).sum(-1, keepdim=True)
+        step = torch.where(curvature > 0, slope / curvature, 0.0).nan_to_num_(0.0, 0.0, 0.0)
+        found.addcmul_(step, direction)
+        residual.addcmul_(step, product, value=-1)
+        ahead = residual / scale
+        before, slope = slope, (residual * ahead).sum(-1, keepdim=True)
+        direction.mul_(torch.where(before > 0, slope / before, 0.0).nan_to_num_(0.0, 0.0, 0.0)).add_(ahead)
+    return torch.where((problem.error(found) < problem.error(start)).unsqueeze(-1), found, start)
+
+
+def split(problem: Problem, weight: Tensor, choose: Choose) -> Tensor:
+    """Return the mask on which operator splitting (ADMM) between least squares and ``choose`` settles.
+
+    Source: Meng, Behdin, Wang & Mazumder 2024, *ALPS: Improved Optimization for Highly Sparse One-Shot Pruning*,
+    arXiv:2406.07831; Boza 2024, *Fast and Effective Weight Update for Pruned Large Language Models*, arXiv:2401.02938.
+    """
+    gram, ridge, cross = problem.damped(weight.dtype)
+    cross = cross + ridge * weight
+    scale = gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
+    gram, cross = gram / scale / scale.mT, cross / scale
+    sparse = weight * scale
+    mask = choose(sparse.abs())
+    sparse = sparse * mask
+    dual = torch.zeros_like(sparse)
+    penalty, inverse = PENALTY, gram
+    for step in range(SPLITTING):
+        if step % EVERY == 0:
+            penalty = PENALTY * GROWTH ** (step // EVERY)
+            shifted = gram.clone()
+            shifted.diagonal(dim1=-2, dim2=-1).add_(penalty)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        dense = (cross + penalty * (sparse - dual)) @ inverse
+        dual += dense
+        mask = choose(dual.abs())
+        sparse = dual * mask
+        dual -= sparse
+    return mask
+
+
+def magnitude_scores(problem: Problem, weight: Tensor) -> Tensor:
+    """Return the size of each weight."""
+    return weight.abs()
+
+
+def wanda_scores(problem: Problem, weight: Tensor) -> Tensor:
+    r"""Return the size of each weight times the norm of its input, :math:`|w_{ij}| \cdot \|x_j\|`.
+
+    Source: Sun et al. 2023, *A Simple and Effective Pruning Approach for Large Language Models*, arXiv:2306.11695.
+    """
+    return weight.abs() * problem.input_norms().to(weight.dtype).unsqueeze(-2)
+
+
+def obs_scores(problem: Problem, weight: Tensor) -> Tensor:
+    r"""Return what deleting each entry costs once all others of its row adapt, :math:`w_i^2 / [G^{-1}]_{ii}`.
+
+    Source: Hassibi & Stork 1992, *Second Order Derivatives for Network Pruning: Optimal Brain Surgeon*.
+    """
+    gram, _, _ = problem.damped(weight.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    return weight.square() / inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+
+
+def prune_columns(
+    gram: Tensor, weight: Tensor, width: int, choose: Callable[[Tensor, int], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Prune one matrix column by column, each error made up for by the columns behind it.
+
+    Args:
+        gram: second moments of the inputs, ``(inputs, inputs)``.
+        weight: ``(outputs, inputs)``.
+        width: how many columns are chosen from at a time.
+        choose: from scores of at most ``width`` columns and the number of the first to a mask of 0 and 1.
+
+    Returns:
+        The new weights and their mask.
+
+    Source: Frantar & Alistarh 2023, *SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot*,
+    arXiv:2301.00774, algorithm 1.
+    """
+    weight, gram, mask = weight.clone(), gram.to(weight.dtype), torch.ones_like(weight)
+    dead = gram.diagonal() <= 0
+    damp = 0.01 * gram.diagonal().mean()
+    gram = gram + torch.diag(torch.where(dead, 1.0, damp))
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+    for start in range(0, weight.shape[1], BLOCK):
+        stop = min(start + BLOCK, weight.shape[1])
+        errors = torch.zeros_like(weight[:, start:stop])
+        for i in range(start, stop):
+            if (i - start) % width == 0:
+                here = slice(i, min(i + width, stop))
+                mask[:, here] = choose(weight[:, here].square() / inverse.diagonal()[here].square(), i)
+            pruned = weight[:, i] * mask[:, i]
+            errors[:, i - start] = (weight[:, i] - pruned) / inverse[i, i]
+            weight[:, i + 1 : stop] -= errors[:, i - start, None] * inverse[i, i + 1 : stop]
+            weight[:, i] = pruned
+        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
+    return weight, mask

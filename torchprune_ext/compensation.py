@@ -1,0 +1,506 @@
+"""Survivors that make up for the dead: re-fit a pruned network, layer by layer, without training it.
+
+Each layer is fitted by least squares to the outputs that the dense model has there, on the inputs that the pruned and
+already fitted model gives it. One pass over the data treats all layers in sequence; it needs no targets. Masks are
+ordinary masks of the host, of any method, and what is computed goes into ``weight_orig`` and the bias.
+
+The model runs in eval mode on every batch twice over (dense and pruned side by side), so its samples must not mix.
+Beside one layer's moments, inputs x inputs in float64, the activations of all batches between two layers are held:
+pass as much data as fits, e.g. with ``max_batches``.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from torchprune_ext._budget import GlobalPruning
+from torchprune_ext._checks import check_fraction, check_module, check_whole
+from torchprune_ext._host import Target, all_or_nothing, install, rewrite, targets_of
+from torchprune_ext._passes import Key, Options, Run, calibrating, wide, with_progress
+from torchprune_ext._solvers import (
+    BLOCK,
+    Problem,
+    magnitude_scores,
+    obs_scores,
+    prune_columns,
+    refit,
+    split,
+    wanda_scores,
+)
+from torchprune_ext._streams import Layer, Pass, Solution
+from torchprune_ext.global_pruning import global_unstructured
+from torchprune_ext.masks import finish, nm_mask
+from torchprune_ext.patterns import NM
+
+Criterion = Callable[[nn.Module], Mapping[Key, Tensor]]
+SampleMask = Callable[[Any], Tensor]
+Decide = Callable[[Layer, Problem, Tensor, Tensor], tuple[Tensor, Tensor]]  # from weights and mask to new ones
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a layer's outputs are off the dense model's, in squares relative to their variation, on the data given.
+
+    Args:
+        before: with what was pruned merely zeroed.
+        after: with the survivors re-fitted.
+    """
+
+    before: float
+    after: float
+
+
+Fits = dict[Key, Fit]
+
+
+def compensate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    params: Iterable[Key],
+    *,
+    sample_mask: SampleMask | None = None,
+    create_bias: bool = False,
+    **options: Unpack[Options],
+) -> Fits:
+    """Re-fit what survived of each listed weight, and the layer's bias, to the dense layer's outputs; masks stay.
+
+    The dense model is the one of the values under the masks of the listed weights and of their layers' biases, as
+    :func:`.undo` would restore them; what else is pruned stays pruned in it. A bias that is pruned, shared or computed
+    stays as it is. The new values of the
+    survivors take the place of the old ones in ``weight_orig``.
+
+    Args:
+        model: any module, pruned; its samples must not mix, as they do in BatchNorm in training.
+        loader: batches as for :mod:`torchprune_ext.calibration`; targets are not used.
+        params: ``(module, name)`` pairs of the weights of ``Linear``, ``Conv1d`` and ``Conv2d``, or of other modules
+            that multiply as ``Linear`` does; each is called once in a pass. Others stay as they are.
+        sample_mask: from a batch of the loader to a bool tensor, False where the leading axes of an input hold no
+            sample, as for padded tokens.
+        create_bias: give layers that were made with ``bias=False`` one.
+        **options: see :class:`.Options`, without ``process_group``.
+
+    Returns:
+        The error of each layer before and after, as :class:`Fit`; no row of a weight gets worse on the data given.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a module that does not multiply as ``Linear`` does.
+        ValueError: no data, or a tensor that is tied, is never used or is used twice. Nothing is changed then.
+
+    Source: the least squares of *Optimal Brain Surgeon* (Hassibi & Stork 1992) for a given mask, layer by layer.
+
+    Example:
+        >>> import torchprune_ext as tpe
+        >>> layer = nn.Linear(2, 1)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[2.0, 1.0]]))
+        >>> _ = tpe.threshold(layer, "weight", threshold=1.5)  # the second input goes, though it is much like the first
+        >>> data = [(torch.tensor([[0.0, 0.1], [1.0, 0.9], [2.0, 2.0]]), None)]
+        >>> fit = tpe.compensate(layer, data, [(layer, "weight")], progress=False)[layer, "weight"]
+        >>> fit.before > 0.05, fit.after < 0.01, bool(layer.weight_orig[0, 0] > 2.9)
+        (True, True, True)
+    """
+    targets = _targets(model, params)
+    dense = _dense(targets)
+    new, fits = _one_pass(model, loader, targets, dense, None, sample_mask, create_bias, options)
+    rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
+    return fits
+
+
+def prune_and_compensate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    params: Iterable[Key],
+    *,
+    target_sparsity: float | None = None,
+    pattern: NM | None = None,
+    criterion: str | Criterion = "admm",
+    steps: int | None = None,
+    sample_mask: SampleMask | None = None,
+    create_bias: bool = False,
+    **options: Unpack[Options],
+) -> Fits:
+    """Prune and re-fit without training, to the end or a little at a time.
+
+    With a named ``criterion`` each layer in turn is pruned by itself and re-fitted, all in one pass over the data:
+    each row of a weight, the entries of one output, keeps the same number, or ``n`` of ``m``.
+
+    - ``"admm"``: operator splitting looks for the mask that the re-fitted weights like best.
+    - ``"obs"``: what deleting an entry costs after the others adapt; ``"wanda"``: weight times norm of the input;
+      ``"magnitude"``. In ``steps``, each followed by a re-fit.
+
+    With a function as ``criterion`` one threshold runs over all listed tensors: each of ``steps`` rounds computes
+    ``criterion(model)``, prunes by it as :func:`.global_unstructured` does, and re-fits all layers. The kept fraction
+    falls geometrically.
+
+    Args:
+        model: as for :func:`compensate`, and so are ``loader``, ``params`` and the arguments not listed here.
+        loader: batches.
+        params: ``(module, name)`` pairs.
+        target_sparsity: fraction of the entries that shall be pruned in the end. By rows at least one entry stays.
+        pattern: instead of it, ``NM(n, m)``.
+        criterion: see above; a function returns scores ``{(module, name): tensor}``.
+        steps: number of rounds; by default 1 for a named criterion, 10 for a function. For ``"admm"`` always 1.
+        sample_mask: which samples count.
+        create_bias: give layers without a bias one.
+        **options: see :class:`.Options`, without ``process_group``.
+
+    Returns:
+        The error of each layer before and after, as :class:`Fit`; with a function, of the last round.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: as :func:`compensate`, or an argument out of range. Nothing is changed then.
+
+    Source: Meng, Behdin, Wang & Mazumder 2024, arXiv:2406.07831, and Boza 2024, arXiv:2401.02938, for the splitting;
+    Hassibi & Stork 1992 for OBS; Sun et al. 2023, arXiv:2306.11695, for Wanda.
+
+    Example:
+        >>> import torchprune_ext as tpe
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> data = [(torch.randn(64, 8), None)]
+        >>> params = tpe.prunable_parameters(model)
+        >>> fits = tpe.prune_and_compensate(model, data, params, pattern=tpe.NM(2, 4), progress=False)
+        >>> int(model[0].weight_mask.sum()), all(fit.after <= fit.before for fit in fits.values())
+        (32, True)
+    """
+    named = {"obs": obs_scores, "wanda": wanda_scores, "magnitude": magnitude_scores}
+    if not callable(criterion) and criterion not in ("admm", *named):
+        raise ValueError(
+            f"criterion={criterion!r} is unknown. Pass one of {['admm', *named]}, or a function of the model."
+        )
+    if (target_sparsity is None) == (pattern is None):
+        raise TypeError(
+            f"target_sparsity={target_sparsity!r}, pattern={pattern!r}: pass exactly one of them, e.g. "
+            "target_sparsity=0.5 or pattern=NM(2, 4)."
+        )
+    if target_sparsity is not None:
+        check_fraction("target_sparsity", target_sparsity)
+    elif not isinstance(pattern, NM):
+        raise TypeError(f"pattern={pattern!r} is a {type(pattern).__name__}. Pass e.g. NM(2, 4).")
+    if steps is not None:
+        check_whole("steps", steps, 1)
+    targets = _targets(model, params)
+    if callable(criterion):
+        if target_sparsity is None:
+            raise TypeError("pattern= goes with a named criterion. Pass target_sparsity= with a function.")
+        rounds = steps or 10
+        return _in_rounds(model, loader, targets, target_sparsity, criterion, rounds, sample_mask, create_bias, options)
+
+    def decide(layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = _shrinking(layer.matrix(layer.dense).shape[-1], target_sparsity, pattern, steps or 1)
+        if criterion == "admm":
+            alive = split(problem, weight * alive, lambda scores: _largest(layer, scores, sizes[-1], alive))
+            return refit(problem, weight, alive), alive
+        for size in sizes:
+            alive = _largest(layer, named[criterion](problem, weight * alive), size, alive)
+            weight = refit(problem, weight, alive)
+        return weight, alive
+
+    asked = {"target_sparsity": target_sparsity} if pattern is None else {"pattern": pattern}
+    call = GlobalPruning("prune_and_compensate", **asked, criterion=criterion, steps=steps or 1)
+    return _prune(model, loader, targets, decide, call, sample_mask, create_bias, options)
+
+
+def sparsegpt(
+    model: nn.Module,
+    loader: Iterable[Any],
+    params: Iterable[Key],
+    *,
+    amount: float | None = None,
+    n: int | None = None,
+    m: int | None = None,
+    sample_mask: SampleMask | None = None,
+    **options: Unpack[Options],
+) -> Fits:
+    """Prune as SparseGPT does: column by column, each error made up for by the columns behind it; the baseline.
+
+    Args:
+        model: as for :func:`compensate`, and so are ``loader`` and ``params``.
+        loader: batches.
+        params: ``(module, name)`` pairs.
+        amount: fraction of the entries of every 128 columns of each weight that goes.
+        n: instead of it, keep ``n`` of ``m`` consecutive input features or channels.
+        m: group length (count).
+        sample_mask: which samples count.
+        **options: see :class:`.Options`, without ``process_group``.
+
+    Returns:
+        The error of each layer before and after, as :class:`Fit`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: as :func:`compensate`, or an argument out of range. Nothing is changed then.
+
+    Source: Frantar & Alistarh 2023, *SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot*,
+    arXiv:2301.00774.
+
+    Example:
+        >>> import torchprune_ext as tpe
+        >>> layer = nn.Linear(8, 4)
+        >>> fits = tpe.sparsegpt(layer, [(torch.randn(64, 8), None)], [(layer, "weight")], n=2, m=4, progress=False)
+        >>> int(layer.weight_mask.sum())
+        16
+    """
+    if (amount is None) == (n is None) or (n is None) != (m is None):
+        raise TypeError(f"amount={amount!r}, n={n!r}, m={m!r}: pass either amount, or n and m.")
+    pattern = None if n is None or m is None else NM(n, m, dim=1)
+    if amount is not None:
+        check_fraction("amount", amount)
+
+    def decide(layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+        if pattern is not None:
+            pattern.axis(layer.dense.shape)
+        weight, alive, order = weight * alive, alive.clone(), layer.input_order()
+        for group, gram in enumerate(problem.gram):
+            left = alive[group][:, order]
+
+            def choose(scores: Tensor, start: int, left: Tensor = left) -> Tensor:
+                there = left[:, start : start + scores.shape[1]]
+                if pattern is not None:
+                    return nm_mask(scores, pattern, there)
+                keep = scores.numel() - round((amount or 0.0) * scores.numel())
+                flat = scores.reshape(1, -1), there.reshape(1, -1)
+                return nm_mask(flat[0], NM(keep, scores.numel()), flat[1]).view_as(scores) if keep else there * 0
+
+            width = BLOCK if pattern is None else pattern.m
+            weight[group][:, order], alive[group][:, order] = prune_columns(
+                gram[order][:, order], weight[group][:, order], width, choose
+            )
+        return weight, alive
+
+    asked = {"amount": amount} if pattern is None else {"n": n, "m": m}
+    targets, call = _targets(model, params), GlobalPruning("sparsegpt", **asked)
+    return _prune(model, loader, targets, decide, call, sample_mask, False, options)
+
+
+def _targets(model: nn.Module, params: Iterable[Key]) -> list[Target]:
+    """Find the listed tensors; those that several modules share are refused."""
+    check_module("model", model)
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    found = targets_of(params)
+    if not found:
+        raise ValueError("params=[] lists no tensor. Pass (module, name) pairs, e.g. of prunable_parameters(model).")
+    for place, target in found.items():
+        names = places.get(id(target.parameter), [])
+        if not names:
+            raise ValueError(f"params[{place}], {target.where}, is no part of the model.")
+        if len(names) > 1:
+            raise ValueError(
+                f"params[{place}], {target.where}, is tied: {' and '.join(names)} would have to make up for different "
+                "errors. Leave it out, or untie it."
+            )
+    return list(found.values())
+
+
+def _prune(
+    model: nn.Module,
+    loader: Iterable[Any],
+    targets: Sequence[Target],
+    decide: Decide,
+    call: GlobalPruning,
+    sample_mask: SampleMask | None,
+    create_bias: bool,
+    options: Options,
+) -> Fits:
+    """Let ``decide`` prune and fit each layer in one pass, then install all or nothing."""
+    dense = _dense(targets)
+    new, fits = _one_pass(model, loader, targets, dense, decide, sample_mask, create_bias, options)
+    with all_or_nothing(target.module for target in targets):
+        install([(fitted.target, copy.copy(call), fitted.mask) for fitted in new])
+        rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
+    return fits
+
+
+def _in_rounds(
+    model: nn.Module,
+    loader: Iterable[Any],
+    targets: Sequence[Target],
+    target_sparsity: float,
+    criterion: Criterion,
+    steps: int,
+    sample_mask: SampleMask | None,
+    create_bias: bool,
+    options: Options,
+) -> Fits:
+    """Prune a little by one threshold over all tensors and re-fit, again and again."""
+    params = [(target.module, target.name) for target in targets]
+    dense = _dense(targets)
+    masks = [torch.ones_like(t.parameter) if t.mask is None else t.mask for t in targets]
+    total = sum(mask.numel() for mask in masks)
+    left = sum(int(mask.count_nonzero()) for mask in masks) / max(total, 1)
+    if round(target_sparsity * total) < total - round(left * total):
+        raise ValueError(
+            f"target_sparsity={target_sparsity!r} is less than the {1 - left:.4f} that is pruned already. "
+            "Pass a larger one, or undo_all() first."
+        )
+    batches = _taken(loader, options)
+    fits: Fits = {}
+    with all_or_nothing(target.module for target in targets):
+        bar: Any = with_progress(range(1, steps + 1), "prune and compensate", None, options.get("progress"))
+        for step in bar:
+            share = (1 - target_sparsity) / left if left else 1.0
+            goal = 1 - left * share ** (step / steps) if step < steps else target_sparsity
+            scores = criterion(model)
+            if not isinstance(scores, Mapping):
+                raise TypeError(
+                    f"criterion(model) gave a {type(scores).__name__}. Let it return {{(module, name): scores}}."
+                )
+            global_unstructured(params, target_sparsity=goal, importance_scores=dict(scores))
+            now = list(targets_of(params).values())
+            quiet: Options = {**options, "progress": False}
+            new, fits = _one_pass(model, batches, now, dense, None, sample_mask, create_bias, quiet)
+            rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
+            if hasattr(bar, "set_postfix"):
+                worst = max(fit.after for fit in fits.values())
+                bar.set_postfix(sparsity=f"{goal:.1%}", error=f"{worst:.3g}")
+    return fits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fitted:
+    """What a pass has found for one target: its mask, all its values and, if it is new, the bias."""
+
+    target: Target
+    mask: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _one_pass(
+    model: nn.Module,
+    loader: Iterable[Any],
+    targets: Sequence[Target],
+    dense: Sequence[tuple[Tensor, Tensor | None]],
+    decide: Decide | None,
+    sample_mask: SampleMask | None,
+    create_bias: bool,
+    options: Options,
+) -> tuple[list[_Fitted], Fits]:
+    """Fit all layers in sequence and return what to install; changes nothing.
+
+    Args:
+        model: the model.
+        loader: batches.
+        targets: the tensors to fit.
+        dense: weight and bias that the dense stream has for each.
+        decide: from a layer, its problem, its weights and mask to new ones; None to re-fit what the mask leaves.
+        sample_mask: which samples count.
+        create_bias: fit a bias where there is none.
+        options: how the data is read.
+    """
+    fits: Fits = {}
+    masks: dict[Key, Tensor] = {}
+    if options.get("process_group") is not None:
+        raise ValueError("process_group= is not supported here: each layer is fitted in one process. Leave it out.")
+    raw = _taken(loader, options)
+    counted = [None if sample_mask is None else _bool_mask(sample_mask(batch)) for batch in raw]
+    free = _free_biases(model, targets, create_bias)
+    with calibrating(model, [(target.module, target.name) for target in targets], options) as run:
+        layers = [
+            Layer(Target.of(target.module, target.name), name, *values, target.weight(), bias)
+            for target, name, values, bias in zip(targets, run.names, dense, free, strict=True)
+        ]
+        earlier = {layer: target.mask for layer, target in zip(layers, targets, strict=True)}
+        bar = iter(with_progress(layers, "compensate", None, options.get("progress")))
+
+        def solve(layer: Layer, problem: Problem) -> Solution:
+            mask = earlier[layer]
+            weight = layer.matrix(layer.effective).to(wide(layer.effective.dtype))
+            alive = torch.ones_like(weight) if mask is None else layer.matrix(mask != 0).to(weight)
+            bias = None if layer.bias_now is None else layer.bias_now.double().view(layer.groups, -1)
+            if decide is None:
+                found, keep = refit(problem, weight, alive), alive
+            else:
+                found, keep = decide(layer, problem, weight, alive)
+            start = weight * keep
+            rounded = found.to(layer.dense.dtype)
+            best = problem.best_bias(rounded).to(layer.dense.dtype) if layer.bias else None
+            zero = torch.zeros_like(problem.mean_y)
+            before = problem.error(start, (zero if bias is None else bias) if layer.bias else None)
+            after = problem.error(rounded, None if best is None else best.double())
+            if decide is None:  # rounding to the model's precision may have cost more than was gained
+                worse = after > before
+                rounded = torch.where(worse.unsqueeze(-1), start.to(rounded.dtype), rounded)
+                after = torch.where(worse, before, after)
+                if best is not None:
+                    best = torch.where(worse, zero if bias is None else bias, best.double()).to(best.dtype)
+            key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
+            fits[key] = Fit(float(before.sum()) / whole, float(after.sum()) / whole)
+            masks[key] = layer.shaped(keep)
+            next(bar, None)
+            return layer.shaped(rounded), None if best is None else best.reshape(-1)
+
+        quiet = Run(model, [layer.target for layer in layers], {**options, "progress": False})
+        walk = Pass(run, layers, solve, counted)
+        walk.over(list(quiet.batches(raw, "")))
+        next(bar, None)
+    new = []
+    for layer, target in zip(layers, targets, strict=True):
+        weight, bias = walk.solved[layer]
+        like = target.parameter.detach() if target.mask is None else target.mask
+        mask = finish(masks[layer.module, layer.name].to(like.dtype), like)
+        values = torch.where(mask != 0, weight, target.parameter.detach())
+        new.append(_Fitted(target, mask, values, bias))
+    return new, {(target.module, target.name): fits[target.module, target.name] for target in targets}
+
+
+def _dense(targets: Sequence[Target]) -> list[tuple[Tensor, Tensor | None]]:
+    """Return the values under the masks, and the biases."""
+    biases = [Target.found(target.module, "bias") for target in targets]
+    return [
+        (target.parameter.detach(), None if bias is None else bias.parameter.detach())
+        for target, bias in zip(targets, biases, strict=True)
+    ]
+
+
+def _taken(loader: Iterable[Any], options: Options) -> list[Any]:
+    """Return the batches that the options ask for."""
+    most = options.get("max_batches")
+    if most is not None:
+        check_whole("max_batches", most, 1)
+    return list(islice(loader, most))
+
+
+def _bool_mask(mask: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"sample_mask gave {what}. Let it return a bool tensor, True where a sample counts.")
+    return mask
+
+
+def _free_biases(model: nn.Module, targets: Sequence[Target], create: bool) -> list[bool]:
+    """Return whether the bias of each layer may be changed: not if it is pruned, shared, or computed."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    found = []
+    for target in targets:
+        bias = Target.found(target.module, "bias")
+        if bias is None:
+            found.append(create and "bias" in target.module._parameters)
+        else:
+            found.append(bias.mask is None and owners[id(bias.parameter)] == 1)
+    return found
+
+
+def _largest(layer: Layer, scores: Tensor, size: NM | int, alive: Tensor) -> Tensor:
+    """Return the mask of the largest of ``scores`` of those ``alive``: so many of each row, or ``n`` of ``m``."""
+    if isinstance(size, int):
+        return nm_mask(scores, NM(size, scores.shape[-1], dim=2), alive)
+    shaped = layer.shaped(scores)
+    return layer.matrix(nm_mask(shaped, size, layer.shaped(alive)))
+
+
+def _shrinking(inputs: int, target_sparsity: float | None, pattern: NM | None, steps: int) -> list[NM | int]:
+    """Return what to keep in each step: of the ``inputs`` of a row, or of each group; falls geometrically."""
+    if pattern is not None:
+        falling = {round(pattern.m * (pattern.n / pattern.m) ** (step / steps)) for step in range(1, steps + 1)}
+        return [replace(pattern, n=n) for n in sorted(falling, reverse=True)]
+    share = max(1 - (target_sparsity or 0.0), 1 / inputs)
+    return [max(round(inputs * share ** (step / steps)), 1) for step in range(1, steps + 1)]
