@@ -1334,3 +1334,14 @@ def test_obs_scores_are_what_deletion_costs(monkeypatch):
             weight_j, bias = best_row(x[group], y[group, :, 0], weight[group, 0], keep, None, 0.0)
             error = (x[group] @ weight_j + bias - y[group, :, 0]).square().sum()
             torch.testing.assert_close(scores[group, 0, j] * size[group], error, rtol=1e-4, atol=1e-8)
+
+
+def test_transformer_layers_are_called_one_by_one():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    params = [(layer.linear1, "weight"), (layer.linear2, "weight")]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(6, 5, 8, generator=generator), None)]
+    fits = tpe.prune_and_compensate(layer, batches, params, target_sparsity=0.5, progress=False)
+    assert all(0 < fit.after < fit.before for fit in fits.values())
+    assert torch.backends.mha.get_fastpath_enabled() == fast

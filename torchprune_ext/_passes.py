@@ -219,6 +219,8 @@ def calibrating(model: nn.Module, params: Iterable[Key], options: Options) -> It
         stack.enter_context(torch.enable_grad())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # cuDNN's have no backward in eval mode
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # it would pass the layers of a transformer by
         targets = list(targets_of(params).values())
         if not targets:
             raise ValueError(

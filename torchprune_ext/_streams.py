@@ -160,9 +160,10 @@ class Layer:
         raise self._no_linear()
 
     def _no_linear(self) -> TypeError:
+        kind = type(self.target.module).__name__
         return TypeError(
-            f"params holds {self.label}, whose module is a {type(self.target.module).__name__}, which does not multiply as "
-            "Linear, Conv1d or Conv2d does. Leave it out."
+            f"params holds {self.label}, whose module is a {kind}, which does not multiply as Linear, Conv1d or Conv2d "
+            "does. Leave it out."
         )
 
     def inputs(self, x: Tensor) -> Tensor:

@@ -414,14 +414,11 @@ def activations(
                 )
         modules = dict.fromkeys(module for module, _ in run.keys)
         hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in modules]
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it would pass the layers by
         try:
             with torch.no_grad():
                 for batch in run.batches(loader, "activations"):
                     run.output(batch.inputs)
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
             for hook in hooks:
                 hook.remove()
         sums = []
