@@ -188,6 +188,18 @@ def test_nm_orders_the_smallest_and_largest_of_numbers(n):
     assert torch.equal(masks.nm_mask(scores, NM(n, 4)), nm_expected(scores, NM(n, 4), torch.ones(3, 4)).float())
 
 
+@pytest.mark.parametrize("m", [1, 2, 4, 7, 32, 33, 50])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_profiles_tell_what_masks_keep(m, pruned):
+    generator = torch.Generator().manual_seed(m)
+    scores = torch.randn(3, 2 * m + 1, generator=generator, dtype=torch.float64)
+    default = (torch.rand(scores.shape, generator=generator) > 0.3).double() if pruned else None
+    profile = masks.nm_profile(scores, NM(1, m, pad=True), default)
+    kept = [masks.nm_mask(scores, NM(n, m, pad=True), default) for n in range(1, m + 1)]
+    assert profile.entries == [0, *(int(mask.sum()) for mask in kept)]
+    assert profile.total == pytest.approx([0, *(float((scores.abs() * mask).sum()) for mask in kept)])
+
+
 def test_padding_counts_as_zeros_and_never_wins():
     mask = masks.nm_mask(torch.tensor([[5.0, 4.0, 3.0, 2.0, 0.0, 0.0]]), NM(2, 4, pad=True))
     assert mask.tolist() == [[1, 1, 0, 0, 1, 1]]
