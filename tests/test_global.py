@@ -1182,6 +1182,15 @@ def test_the_best_n_of_each_tensor(even, data):
     assert len(caught) <= (min_keep == 0 and any(emptied))
 
 
+def test_counting_norms_compare_across_precisions():
+    single, double = nn.Conv1d(1, 2, 3), nn.Conv1d(1, 2, 3).double()
+    for layer in (single, double):
+        layer.weight.data.fill_(5.0)
+    single.weight.data[1, 0, 0] = 0  # two of three entries
+    tpe.global_kernel_ln(weights(single, double), amount=1, n=0, min_keep=0)
+    assert [float(layer.weight_mask.sum()) for layer in (single, double)] == [3, 6]
+
+
 def test_what_counts_is_the_gain_per_entry():
     large, *small = layers = [nn.Linear(2, 4), *[nn.Linear(2, 1) for _ in range(4)]]
     large.weight.data.fill_(2.0)  # the second of two gains 8 for 4 entries

@@ -69,7 +69,7 @@ def unit_scores(scores: Tensor, pattern: Vector | Kernel | Channel, n: float, de
     norms = torch.empty(0, dtype=torch.float64, device=scores.device)
     if scores.numel():
         scale = 1.0
-        if scores.dtype == torch.float64 or abs(n) > 4:  # powers that may leave the range of float64
+        if n and (scores.dtype == torch.float64 or abs(n) > 4):  # powers that may leave the range of float64
             scale = float(scores.abs().max()) or 1.0
             scores = scores.double() / scale
         norms = torch.linalg.vector_norm(scores, n, dim=axes, dtype=torch.float64) * scale
