@@ -1186,9 +1186,9 @@ def test_counting_norms_compare_across_precisions():
     single, double = nn.Conv1d(1, 2, 3), nn.Conv1d(1, 2, 3).double()
     for layer in (single, double):
         layer.weight.data.fill_(5.0)
-    single.weight.data[1, 0, 0] = 0  # two of three entries
+    double.weight.data[1, 0, 0] = 0  # two of three entries
     tpe.global_kernel_ln(weights(single, double), amount=1, n=0, min_keep=0)
-    assert [float(layer.weight_mask.sum()) for layer in (single, double)] == [3, 6]
+    assert [float(layer.weight_mask.sum()) for layer in (single, double)] == [6, 3]
 
 
 def test_what_counts_is_the_gain_per_entry():
