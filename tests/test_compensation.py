@@ -1205,17 +1205,31 @@ def test_sparsegpt_is_what_the_paper_says(inputs, bias, options):
     x = torch.cat([x for x, _ in batches])
     y = dense(x).detach()
     width, choose = (128, half) if "amount" in options else (4, two_of_four)
-    weight, mask = plain_sparsegpt(x - x.mean(0) * bias, dense.weight.detach(), width, choose)
+    weight, mask = plain_sparsegpt(x, dense.weight.detach(), width, choose)
     fits = sparsegpt(model, batches, [(model, "weight")], **options)
     equal(model.weight_mask, mask)
     close(model.weight.detach(), weight)
     found = x @ weight.T
-    if bias:
-        found = found + (y - found).mean(0)
-        close(model.bias.detach(), (y - x @ weight.T).mean(0))
+    if bias:  # stays
+        found = found + dense.bias.detach()
+        equal(model.bias.detach(), dense.bias.detach())
     error = (found - y).square().sum() / (y - y.mean(0)).square().sum()
     assert fits[model, "weight"].after == pytest.approx(float(error), rel=1e-6)
     assert repr(history(model)).startswith("sparsegpt(")
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 3), (2, 5), (100, 150)])
+def test_sparsegpt_with_groups_that_do_not_divide_its_blocks(n, m):
+    model = build(lambda: nn.Linear(300, 4))
+    sparsegpt(model, data((300,), (400,)), [(model, "weight")], n=n, m=m)
+    assert torch.equal(model.weight_mask.view(4, -1, m).sum(-1), torch.full((4, 300 // m), float(n)).double())
+
+
+def test_sparsegpt_lets_go_of_dead_inputs_first():
+    model, batches = build(lambda: nn.Linear(8, 4)), data((8,), (50,))
+    batches[0][0][:, ::2] = 0
+    sparsegpt(model, batches, [(model, "weight")], amount=0.5)
+    assert model.weight_mask[0].tolist() == [0, 1] * 4
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -1230,7 +1244,7 @@ def test_sparsegpt_on_convolutions(groups):
     expected = torch.zeros_like(matrix(dense, dense.weight)).detach()
     for group in range(groups):
         old = matrix(dense, dense.weight.detach())[group][:, order]
-        expected[group][:, order] = plain_sparsegpt((x[group] - x[group].mean(0))[:, order], old, 4, two_of_four)[0]
+        expected[group][:, order] = plain_sparsegpt(x[group][:, order], old, 4, two_of_four)[0]
     close(matrix(model, model.weight.detach()), expected)
 
 

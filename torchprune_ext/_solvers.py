@@ -6,7 +6,6 @@ All functions minimise :math:`\|Y - X W^\top\|^2` over :math:`W` through the sec
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
 ROUNDS = 60  # most steps of the conjugate gradients
 SPLITTING = 30  # steps of the operator splitting
 PENALTY, GROWTH, EVERY = 0.1, 1.3, 3  # its penalty at first, and by what it grows every so many steps
-BLOCK = 128  # columns that SparseGPT treats at once
+BLOCK = 128  # columns that SparseGPT treats at once, or as many as whole groups allow
 
 
 class Moments:
@@ -24,7 +23,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.sums: list[Any] = []
+        self.sums: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in samples: inputs ``(groups, samples, inputs)`` and dense outputs ``(groups, samples, outputs)``."""
@@ -35,7 +34,10 @@ class Moments:
             self.origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
         x, y = x - self.origin[0], y - self.origin[1]
         found = [x.sum(1), y.sum(1), x.mT @ x, y.mT @ x, y.square().sum(1)]
-        self.sums = [a.add_(b) for a, b in zip(self.sums, found, strict=bool(self.sums))] or [t.double() for t in found]
+        if not self.count:
+            self.sums = [torch.zeros_like(each, dtype=torch.float64) for each in found]
+        for total, each in zip(self.sums, found, strict=True):
+            total += each
         self.count += x.shape[1]
 
     def problem(self, bias: Tensor | None) -> "Problem":
@@ -83,13 +85,13 @@ class Problem:
         about = self.count * self.mean_x.square() if self.centred else 0.0
         return (self.gram.diagonal(dim1=-2, dim2=-1) + about).sqrt()
 
-    def damped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the Gram matrix with a ridge, the ridge, and the cross moments, scaled to a mean diagonal of 1."""
+    def damped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the Gram matrix and the cross moments, scaled to a mean diagonal of 1, the former with ``RIDGE``."""
         size = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         size = torch.where(size > 0, size, 1.0)
         gram = (self.gram / size).to(dtype)
         gram.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
-        return gram, torch.full_like(size, RIDGE).to(dtype), (self.cross / size).to(dtype)
+        return gram, (self.cross / size).to(dtype)
 
 
 def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
@@ -103,11 +105,11 @@ def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
         weight: where to start from; what is not kept counts as 0.
         keep: 0 and 1, of its shape.
     """
-    gram, ridge, cross = problem.damped(weight.dtype)
+    gram, cross = problem.damped(weight.dtype)
     scale = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     start = weight * keep
     found = start.clone()
-    residual = (cross + ridge * start - start @ gram).mul_(keep)
+    residual = (cross + RIDGE * start - start @ gram).mul_(keep)
     direction = residual / scale
     slope = (residual * direction).sum(-1, keepdim=True)
     enough = slope * torch.finfo(weight.dtype).eps
@@ -116,12 +118,12 @@ def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
             break
         product = (direction @ gram).mul_(keep)
         curvature = (direction * product).sum(-1, keepdim=True)
-        step = torch.where(curvature > 0, slope / curvature, 0.0).nan_to_num_(0.0, 0.0, 0.0)
+        step = torch.where(curvature > 0, slope / curvature, 0.0)
         found.addcmul_(step, direction)
         residual.addcmul_(step, product, value=-1)
         ahead = residual / scale
         before, slope = slope, (residual * ahead).sum(-1, keepdim=True)
-        direction.mul_(torch.where(before > 0, slope / before, 0.0).nan_to_num_(0.0, 0.0, 0.0)).add_(ahead)
+        direction.mul_(torch.where(before > 0, slope / before, 0.0)).add_(ahead)
     return torch.where((problem.error(found) < problem.error(start)).unsqueeze(-1), found, start)
 
 
@@ -131,8 +133,8 @@ def split(problem: Problem, weight: Tensor, choose: Choose) -> Tensor:
     Source: Meng, Behdin, Wang & Mazumder 2024, *ALPS: Improved Optimization for Highly Sparse One-Shot Pruning*,
     arXiv:2406.07831; Boza 2024, *Fast and Effective Weight Update for Pruned Large Language Models*, arXiv:2401.02938.
     """
-    gram, ridge, cross = problem.damped(weight.dtype)
-    cross = cross + ridge * weight
+    gram, cross = problem.damped(weight.dtype)
+    cross = cross + RIDGE * weight
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
     gram, cross = gram / scale / scale.mT, cross / scale
     sparse = weight * scale
@@ -172,7 +174,7 @@ def obs_scores(problem: Problem, weight: Tensor) -> Tensor:
 
     Source: Hassibi & Stork 1992, *Second Order Derivatives for Network Pruning: Optimal Brain Surgeon*.
     """
-    gram, _, _ = problem.damped(weight.dtype)
+    gram, _ = problem.damped(weight.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     return weight.square() / inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
 
@@ -196,11 +198,13 @@ def prune_columns(
     """
     weight, gram, mask = weight.clone(), gram.to(weight.dtype), torch.ones_like(weight)
     dead = gram.diagonal() <= 0
+    weight[:, dead] = 0
     damp = 0.01 * gram.diagonal().mean()
     gram = gram + torch.diag(torch.where(dead, 1.0, damp))
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
-    for start in range(0, weight.shape[1], BLOCK):
-        stop = min(start + BLOCK, weight.shape[1])
+    block = max(BLOCK // width, 1) * width  # whole groups
+    for start in range(0, weight.shape[1], block):
+        stop = min(start + block, weight.shape[1])
         errors = torch.zeros_like(weight[:, start:stop])
         for i in range(start, stop):
             if (i - start) % width == 0:

@@ -112,6 +112,12 @@ class Layer:
         bias = getattr(module, "bias", None)
         self.bias_now = bias.detach() if isinstance(bias, Tensor) else None
 
+    def bias_rows(self) -> Tensor:
+        """Return the layer's bias in float64 as ``(groups, outputs)``; 0 as ``(1, 1)`` if it has none."""
+        if self.bias_now is None:
+            return self.dense.new_zeros(1, 1, dtype=torch.float64)
+        return self.bias_now.double().view(self.groups, -1)
+
     def matrix(self, weight: Tensor) -> Tensor:
         """Return ``weight``, or a mask of it, as ``(groups, outputs, inputs)``."""
         weight = weight.t() if self.swapped else weight.flatten(1)
@@ -235,10 +241,9 @@ class Pass:
         axis = self._sample_axis(layer, x, 2 * self.batches[number].size)
         dense, pruned = x.chunk(2, axis)
         y = layer.forward(dense, layer.dense, layer.dense_bias)
-        if number == 0:
-            with torch.autocast(x.device.type, enabled=False):
-                layer.check(x)
         with torch.autocast(x.device.type, enabled=False):
+            if number == 0:
+                layer.check(x)
             self._bring(layer, pruned, y, self.masks[number])
             if number == len(self.batches) - 1:
                 self._finish(layer)
@@ -270,12 +275,7 @@ class Pass:
     def _finish(self, layer: Layer) -> None:
         if not self.moments.count:
             raise ValueError("sample_mask leaves out every sample. Let it be True where a sample counts.")
-        fixed: Tensor | None = None
-        if not layer.bias:
-            bias = layer.bias_now
-            fixed = layer.dense.new_zeros((), dtype=torch.float64) if bias is None else bias.double()
-            fixed = fixed.view(layer.groups, -1) if fixed.dim() else fixed
-        self.solved[layer] = self.solve(layer, self.moments.problem(fixed))
+        self.solved[layer] = self.solve(layer, self.moments.problem(None if layer.bias else layer.bias_rows()))
         self.moments = Moments()
 
     def _other_way(self) -> ValueError:

@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 from torchprune_ext._budget import GlobalPruning
 from torchprune_ext._checks import check_fraction, check_module, check_whole
 from torchprune_ext._host import Target, all_or_nothing, install, rewrite, targets_of
-from torchprune_ext._passes import Key, Options, Run, calibrating, wide, with_progress
+from torchprune_ext._passes import Key, Options, calibrating, wide, with_progress
 from torchprune_ext._solvers import (
     BLOCK,
     Problem,
@@ -106,8 +106,8 @@ def compensate(
         (True, True, True)
     """
     targets = _targets(model, params)
-    dense = _dense(targets)
-    new, fits = _one_pass(model, loader, targets, dense, None, sample_mask, create_bias, options)
+    free = _free_biases(model, targets, create_bias)
+    new, fits = _one_pass(model, loader, targets, _dense(targets), None, sample_mask, free, options)
     rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
     return fits
 
@@ -204,7 +204,8 @@ def prune_and_compensate(
 
     asked = {"target_sparsity": target_sparsity} if pattern is None else {"pattern": pattern}
     call = GlobalPruning("prune_and_compensate", **asked, criterion=criterion, steps=steps or 1)
-    return _prune(model, loader, targets, decide, call, sample_mask, create_bias, options)
+    free = _free_biases(model, targets, create_bias)
+    return _prune(model, loader, targets, decide, call, sample_mask, free, options)
 
 
 def sparsegpt(
@@ -219,6 +220,8 @@ def sparsegpt(
     **options: Unpack[Options],
 ) -> Fits:
     """Prune as SparseGPT does: column by column, each error made up for by the columns behind it; the baseline.
+
+    As in the paper, biases stay, and weights of inputs that are always 0 become 0.
 
     Args:
         model: as for :func:`compensate`, and so are ``loader`` and ``params``.
@@ -276,7 +279,8 @@ def sparsegpt(
 
     asked = {"amount": amount} if pattern is None else {"n": n, "m": m}
     targets, call = _targets(model, params), GlobalPruning("sparsegpt", **asked)
-    return _prune(model, loader, targets, decide, call, sample_mask, False, options)
+    biases_stay = [False] * len(targets)
+    return _prune(model, loader, targets, decide, call, sample_mask, biases_stay, options)
 
 
 def _targets(model: nn.Module, params: Iterable[Key]) -> list[Target]:
@@ -307,12 +311,11 @@ def _prune(
     decide: Decide,
     call: GlobalPruning,
     sample_mask: SampleMask | None,
-    create_bias: bool,
+    free: Sequence[bool],
     options: Options,
 ) -> Fits:
     """Let ``decide`` prune and fit each layer in one pass, then install all or nothing."""
-    dense = _dense(targets)
-    new, fits = _one_pass(model, loader, targets, dense, decide, sample_mask, create_bias, options)
+    new, fits = _one_pass(model, loader, targets, _dense(targets), decide, sample_mask, free, options)
     with all_or_nothing(target.module for target in targets):
         install([(fitted.target, copy.copy(call), fitted.mask) for fitted in new])
         rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
@@ -332,7 +335,7 @@ def _in_rounds(
 ) -> Fits:
     """Prune a little by one threshold over all tensors and re-fit, again and again."""
     params = [(target.module, target.name) for target in targets]
-    dense = _dense(targets)
+    dense, free = _dense(targets), _free_biases(model, targets, create_bias)
     masks = [torch.ones_like(t.parameter) if t.mask is None else t.mask for t in targets]
     total = sum(mask.numel() for mask in masks)
     left = sum(int(mask.count_nonzero()) for mask in masks) / max(total, 1)
@@ -356,7 +359,7 @@ def _in_rounds(
             global_unstructured(params, target_sparsity=goal, importance_scores=dict(scores))
             now = list(targets_of(params).values())
             quiet: Options = {**options, "progress": False}
-            new, fits = _one_pass(model, batches, now, dense, None, sample_mask, create_bias, quiet)
+            new, fits = _one_pass(model, batches, now, dense, None, sample_mask, free, quiet)
             rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
             if hasattr(bar, "set_postfix"):
                 worst = max(fit.after for fit in fits.values())
@@ -381,7 +384,7 @@ def _one_pass(
     dense: Sequence[tuple[Tensor, Tensor | None]],
     decide: Decide | None,
     sample_mask: SampleMask | None,
-    create_bias: bool,
+    free: Sequence[bool],
     options: Options,
 ) -> tuple[list[_Fitted], Fits]:
     """Fit all layers in sequence and return what to install; changes nothing.
@@ -393,7 +396,7 @@ def _one_pass(
         dense: weight and bias that the dense stream has for each.
         decide: from a layer, its problem, its weights and mask to new ones; None to re-fit what the mask leaves.
         sample_mask: which samples count.
-        create_bias: fit a bias where there is none.
+        free: whether the bias of each layer is fitted too.
         options: how the data is read.
     """
     fits: Fits = {}
@@ -402,8 +405,8 @@ def _one_pass(
         raise ValueError("process_group= is not supported here: each layer is fitted in one process. Leave it out.")
     raw = _taken(loader, options)
     counted = [None if sample_mask is None else _bool_mask(sample_mask(batch)) for batch in raw]
-    free = _free_biases(model, targets, create_bias)
-    with calibrating(model, [(target.module, target.name) for target in targets], options) as run:
+    quiet: Options = {**options, "progress": False}  # the bar counts layers
+    with calibrating(model, [(target.module, target.name) for target in targets], quiet) as run:
         layers = [
             Layer(Target.of(target.module, target.name), name, *values, target.weight(), bias)
             for target, name, values, bias in zip(targets, run.names, dense, free, strict=True)
@@ -415,7 +418,7 @@ def _one_pass(
             mask = earlier[layer]
             weight = layer.matrix(layer.effective).to(wide(layer.effective.dtype))
             alive = torch.ones_like(weight) if mask is None else layer.matrix(mask != 0).to(weight)
-            bias = None if layer.bias_now is None else layer.bias_now.double().view(layer.groups, -1)
+            bias = layer.bias_rows()
             if decide is None:
                 found, keep = refit(problem, weight, alive), alive
             else:
@@ -423,24 +426,22 @@ def _one_pass(
             start = weight * keep
             rounded = found.to(layer.dense.dtype)
             best = problem.best_bias(rounded).to(layer.dense.dtype) if layer.bias else None
-            zero = torch.zeros_like(problem.mean_y)
-            before = problem.error(start, (zero if bias is None else bias) if layer.bias else None)
+            before = problem.error(start, bias if layer.bias else None)
             after = problem.error(rounded, None if best is None else best.double())
             if decide is None:  # rounding to the model's precision may have cost more than was gained
                 worse = after > before
                 rounded = torch.where(worse.unsqueeze(-1), start.to(rounded.dtype), rounded)
                 after = torch.where(worse, before, after)
                 if best is not None:
-                    best = torch.where(worse, zero if bias is None else bias, best.double()).to(best.dtype)
+                    best = torch.where(worse, bias, best.double()).to(best.dtype)
             key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
             fits[key] = Fit(float(before.sum()) / whole, float(after.sum()) / whole)
             masks[key] = layer.shaped(keep)
             next(bar, None)
             return layer.shaped(rounded), None if best is None else best.reshape(-1)
 
-        quiet = Run(model, [layer.target for layer in layers], {**options, "progress": False})
         walk = Pass(run, layers, solve, counted)
-        walk.over(list(quiet.batches(raw, "")))
+        walk.over(list(run.batches(raw, "")))
         next(bar, None)
     new = []
     for layer, target in zip(layers, targets, strict=True):

@@ -74,8 +74,9 @@ class Scores:
         if self.alive is not None:
             scores = scores.masked_fill(self.alive[index] == 0, DEAD)
         if self.safe is not None:
-            places = torch.arange(len(self), device=scores.device)[index] if isinstance(index, slice) else index
-            ties = (scores == self.safe.value).logical_and_(places < self.safe.position)
+            if isinstance(index, slice):
+                index = torch.arange(*index.indices(len(self)), device=scores.device)
+            ties = (scores == self.safe.value).logical_and_(index < self.safe.position)
             scores = scores.masked_fill(ties.logical_or_(scores > self.safe.value), float("inf"))
         return scores
 
