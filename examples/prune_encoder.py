@@ -169,8 +169,12 @@ def main() -> None:
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     texts = sentences()
     place = CALIBRATION + (REPORTED if options.held_out else 0)
-    told = texts[place : place + REPORTED]
-    calibration, test = batches(texts[:CALIBRATION], tokenizer), batches(told, tokenizer)
+
+    def length(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    told = sorted(texts[place : place + REPORTED], key=length)
+    calibration, test = batches(sorted(texts[:CALIBRATION], key=length), tokenizer), batches(told, tokenizer)
     print(f"{len(texts):,} sentences, {CALIBRATION} to calibrate on, {len(told):,} to compare\n")
     print(f"{'':<36}{'cosine':>9}{'neighbour':>11}{'pruning':>12}")
     last = None

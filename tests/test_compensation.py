@@ -1156,6 +1156,52 @@ def test_the_last_round_is_fitted_to_the_outputs_of_the_first_model(create_bias)
     assert fit.after == pytest.approx(float(sum(best) / energy), rel=0.05)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_rounds_with_a_threshold_for_each_tensor(steps):
+    model = build(ALL["deep mlp"][0])
+    goals = dict(zip(pairs(model), (0.2, 0.9, 0.55, 0.0), strict=False))
+    calls = []
+
+    def criterion(model):
+        calls.append([float((getattr(m, "weight_mask", m.weight) == 0).double().mean()) for m, _ in pairs(model)])
+        return magnitude(model)
+
+    prune_and_compensate(
+        model, data((6,), (30,)), pairs(model), target_sparsity=goals, criterion=criterion, steps=steps
+    )
+    for (module, _), goal in goals.items():
+        assert int((module.weight_mask == 0).sum()) == round(goal * module.weight.numel())
+    if steps > 1:
+        for (_, goal), reached in zip(goals.items(), calls[2], strict=True):
+            assert reached == pytest.approx(1 - (1 - goal) ** 0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("criterion", NAMED)
+def test_rows_of_each_tensor_keep_their_own_number(criterion):
+    model = build(ALL["deep mlp"][0])
+    goals = dict(zip(pairs(model), (0.5, 0.75, 0.25, 0.0), strict=False))
+    prune_and_compensate(model, data((6,), (30,)), pairs(model), target_sparsity=goals, criterion=criterion)
+    for (module, _), goal in goals.items():
+        assert set(module.weight_mask.sum(1).tolist()) == {float(round((1 - goal) * module.weight.shape[1]))}
+        assert f"target_sparsity={goal}" in repr(history(module))
+
+
+@pytest.mark.parametrize("criterion", ["admm", magnitude])
+def test_a_sparsity_for_each_tensor_must_be_one_for_each(criterion):
+    model = build(ALL["deep mlp"][0])
+    first, *others = pairs(model)
+    for goals, params, error in (
+        ({first: 0.5}, [first, *others], "no entry"),
+        (dict.fromkeys([first, *others], 0.5), others, "entries"),
+        ({first: 1.5}, [first], "1.5"),
+        ({first: "half"}, [first], "half"),
+    ):
+        before = Snapshot(model)
+        with pytest.raises((ValueError, TypeError), match=error):
+            prune_and_compensate(model, data((6,), (30,)), params, target_sparsity=goals, criterion=criterion)
+        assert not before.differences()
+
+
 def test_rounds_with_nothing_left():
     model, params = pruned("deep mlp", 1.0)
     before = weights(model)
@@ -1246,6 +1292,26 @@ def test_sparsegpt_on_convolutions(groups):
         old = matrix(dense, dense.weight.detach())[group][:, order]
         expected[group][:, order] = plain_sparsegpt(x[group][:, order], old, 4, two_of_four)[0]
     close(matrix(model, model.weight.detach()), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_sparsegpt_fills_up_short_groups(groups):
+    make = lambda: nn.Conv2d(6 * groups, 4, 3, groups=groups, padding=1)  # noqa: E731
+    dense, model, batches = build(make), build(make), data((6 * groups, 5, 5), (12, 10))
+    with pytest.raises(ValueError, match="pad=True"):
+        sparsegpt(model, batches, [(model, "weight")], n=2, m=4)
+    sparsegpt(model, batches, [(model, "weight")], n=2, m=4, pad=True)
+    assert set(model.weight_mask[:, :4].sum(1).flatten().tolist()) == {2.0}
+    assert set(model.weight_mask[:, 4:].sum(1).flatten().tolist()) == {2.0}
+    x = columns(dense, torch.cat([x for x, _ in batches]))
+    order = torch.arange(54).view(6, 9).t()
+    order = torch.cat((order, torch.full((9, 2), 54)), 1).flatten()  # two columns of zeros at each place
+    real = order < 54
+    for group in range(groups):
+        old = torch.nn.functional.pad(matrix(dense, dense.weight.detach())[group], (0, 1))[:, order]
+        inputs = torch.nn.functional.pad(x[group], (0, 1))[:, order]
+        expected = plain_sparsegpt(inputs, old, 4, two_of_four)[0]
+        close(matrix(model, model.weight.detach())[group][:, order[real]], expected[:, real])
 
 
 @pytest.mark.parametrize("amount", [0.0, 0.77, 1.0])

@@ -128,10 +128,15 @@ class Layer:
         flat = matrix.flatten(0, 1)
         return (flat.t() if self.swapped else flat).reshape(self.dense.shape)
 
-    def input_order(self) -> Tensor:
-        """Return the columns of the matrix in the order in which N:M groups run: input channels side by side."""
-        places = torch.arange(self.dense[0].numel(), device=self.dense.device)
-        return places.view(self.dense.shape[1], -1).t().reshape(-1) if self.dense.dim() > 2 else places
+    def input_order(self, multiple: int = 1) -> Tensor:
+        """Return the columns of the matrix in the order in which N:M groups run: input channels side by side.
+
+        They are filled up to a ``multiple`` at each place of a kernel, with the number of a column behind the last.
+        """
+        size = self.matrix(self.dense).shape[-1]
+        channels = self.dense.shape[1] if self.dense.dim() > 2 else size
+        places = torch.arange(size, device=self.dense.device).view(channels, -1).t()
+        return F.pad(places, (0, -channels % multiple), value=size).reshape(-1)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return what the module makes of ``x`` with ``weight`` and ``bias``."""

@@ -9,7 +9,6 @@ Beside one layer's moments, inputs x inputs in float64, the activations of all b
 pass as much data as fits, e.g. with ``max_batches``.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,11 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from torchprune_ext._budget import GlobalPruning
+from torchprune_ext._budget import Budget, GlobalPruning
 from torchprune_ext._checks import check_fraction, check_module, check_whole
 from torchprune_ext._host import Target, all_or_nothing, install, rewrite, targets_of
 from torchprune_ext._passes import Key, Options, calibrating, wide, with_progress
@@ -40,6 +40,7 @@ from torchprune_ext.masks import finish, nm_mask
 from torchprune_ext.patterns import NM
 
 Criterion = Callable[[nn.Module], Mapping[Key, Tensor]]
+Sparsity = float | Mapping[Key, float]
 SampleMask = Callable[[Any], Tensor]
 Decide = Callable[[Layer, Problem, Tensor, Tensor], tuple[Tensor, Tensor]]  # from weights and mask to new ones
 
@@ -117,7 +118,7 @@ def prune_and_compensate(
     loader: Iterable[Any],
     params: Iterable[Key],
     *,
-    target_sparsity: float | None = None,
+    target_sparsity: Sparsity | None = None,
     pattern: NM | None = None,
     criterion: str | Criterion = "admm",
     steps: int | None = None,
@@ -136,13 +137,14 @@ def prune_and_compensate(
 
     With a function as ``criterion`` one threshold runs over all listed tensors: each of ``steps`` rounds computes
     ``criterion(model)``, prunes by it as :func:`.global_unstructured` does, and re-fits all layers. The kept fraction
-    falls geometrically.
+    falls geometrically, and every round is fitted to the model as it was at first.
 
     Args:
         model: as for :func:`compensate`, and so are ``loader``, ``params`` and the arguments not listed here.
         loader: batches.
         params: ``(module, name)`` pairs.
-        target_sparsity: fraction of the entries that shall be pruned in the end. By rows at least one entry stays.
+        target_sparsity: fraction of the entries that shall be pruned in the end; or one for each listed tensor, as
+            ``{(module, name): fraction}``, and with a function a threshold for each. By rows at least one entry stays.
         pattern: instead of it, ``NM(n, m)``.
         criterion: see above; a function returns scores ``{(module, name): tensor}``.
         steps: number of rounds; by default 1 for a named criterion, 10 for a function. For ``"admm"`` always 1.
@@ -179,21 +181,24 @@ def prune_and_compensate(
             f"target_sparsity={target_sparsity!r}, pattern={pattern!r}: pass exactly one of them, e.g. "
             "target_sparsity=0.5 or pattern=NM(2, 4)."
         )
-    if target_sparsity is not None:
-        check_fraction("target_sparsity", target_sparsity)
-    elif not isinstance(pattern, NM):
+    if pattern is not None and not isinstance(pattern, NM):
         raise TypeError(f"pattern={pattern!r} is a {type(pattern).__name__}. Pass e.g. NM(2, 4).")
     if steps is not None:
         check_whole("steps", steps, 1)
     targets = _targets(model, params)
+    goals = {} if target_sparsity is None else _goals(targets, target_sparsity)
     if callable(criterion):
         if target_sparsity is None:
             raise TypeError("pattern= goes with a named criterion. Pass target_sparsity= with a function.")
+        budgets = [([key], goal) for key, goal in goals.items()]
+        if not isinstance(target_sparsity, Mapping):
+            budgets = [(list(goals), target_sparsity)]
         rounds = steps or 10
-        return _in_rounds(model, loader, targets, target_sparsity, criterion, rounds, sample_mask, create_bias, options)
+        return _in_rounds(model, loader, targets, budgets, criterion, rounds, sample_mask, create_bias, options)
 
     def decide(layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-        sizes = _shrinking(layer.matrix(layer.dense).shape[-1], target_sparsity, pattern, steps or 1)
+        goal = goals.get((layer.module, layer.name))
+        sizes = _shrinking(layer.matrix(layer.dense).shape[-1], goal, pattern, steps or 1)
         if criterion == "admm":
             alive = split(problem, weight * alive, lambda scores: _largest(layer, scores, sizes[-1], alive))
             return refit(problem, weight, alive), alive
@@ -202,8 +207,10 @@ def prune_and_compensate(
             weight = refit(problem, weight, alive)
         return weight, alive
 
-    asked = {"target_sparsity": target_sparsity} if pattern is None else {"pattern": pattern}
-    call = GlobalPruning("prune_and_compensate", **asked, criterion=criterion, steps=steps or 1)
+    def call(target: Target) -> GlobalPruning:
+        asked = {"target_sparsity": goals[target.module, target.name]} if pattern is None else {"pattern": pattern}
+        return GlobalPruning("prune_and_compensate", **asked, criterion=criterion, steps=steps or 1)
+
     free = _free_biases(model, targets, create_bias)
     return _prune(model, loader, targets, decide, call, sample_mask, free, options)
 
@@ -216,6 +223,7 @@ def sparsegpt(
     amount: float | None = None,
     n: int | None = None,
     m: int | None = None,
+    pad: bool = False,
     sample_mask: SampleMask | None = None,
     **options: Unpack[Options],
 ) -> Fits:
@@ -229,7 +237,8 @@ def sparsegpt(
         params: ``(module, name)`` pairs.
         amount: fraction of the entries of every 128 columns of each weight that goes.
         n: instead of it, keep ``n`` of ``m`` consecutive input features or channels.
-        m: group length (count).
+        m: group length (count); must divide the number of input features or channels unless ``pad`` is set.
+        pad: let a short last group count as filled up with zeros.
         sample_mask: which samples count.
         **options: see :class:`.Options`, without ``process_group``.
 
@@ -252,15 +261,17 @@ def sparsegpt(
     """
     if (amount is None) == (n is None) or (n is None) != (m is None):
         raise TypeError(f"amount={amount!r}, n={n!r}, m={m!r}: pass either amount, or n and m.")
-    pattern = None if n is None or m is None else NM(n, m, dim=1)
+    pattern = None if n is None or m is None else NM(n, m, dim=1, pad=pad)
     if amount is not None:
         check_fraction("amount", amount)
 
     def decide(layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         if pattern is not None:
             pattern.axis(layer.dense.shape)
-        weight, alive, order = weight * alive, alive.clone(), layer.input_order()
-        for group, gram in enumerate(problem.gram):
+        order = layer.input_order(1 if pattern is None else pattern.m)
+        real, width = order < weight.shape[-1], BLOCK if pattern is None else pattern.m
+        weight, alive, gram = (F.pad(t, (0, 1)) for t in (weight * alive, alive, problem.gram))
+        for group, moments in enumerate(F.pad(gram, (0, 0, 0, 1))):
             left = alive[group][:, order]
 
             def choose(scores: Tensor, start: int, left: Tensor = left) -> Tensor:
@@ -271,16 +282,16 @@ def sparsegpt(
                 flat = scores.reshape(1, -1), there.reshape(1, -1)
                 return nm_mask(flat[0], NM(keep, scores.numel()), flat[1]).view_as(scores) if keep else there * 0
 
-            width = BLOCK if pattern is None else pattern.m
-            weight[group][:, order], alive[group][:, order] = prune_columns(
-                gram[order][:, order], weight[group][:, order], width, choose
-            )
-        return weight, alive
+            found, mask = prune_columns(moments[order][:, order], weight[group][:, order], width, choose)
+            weight[group][:, order[real]], alive[group][:, order[real]] = found[:, real], mask[:, real]
+        return weight[..., :-1], alive[..., :-1]
 
-    asked = {"amount": amount} if pattern is None else {"n": n, "m": m}
-    targets, call = _targets(model, params), GlobalPruning("sparsegpt", **asked)
+    asked = {"amount": amount} if pattern is None else {"n": n, "m": m, "pad": pad}
+    targets = _targets(model, params)
     biases_stay = [False] * len(targets)
-    return _prune(model, loader, targets, decide, call, sample_mask, biases_stay, options)
+    return _prune(
+        model, loader, targets, decide, lambda _: GlobalPruning("sparsegpt", **asked), sample_mask, biases_stay, options
+    )
 
 
 def _targets(model: nn.Module, params: Iterable[Key]) -> list[Target]:
@@ -309,7 +320,7 @@ def _prune(
     loader: Iterable[Any],
     targets: Sequence[Target],
     decide: Decide,
-    call: GlobalPruning,
+    call: Callable[[Target], GlobalPruning],
     sample_mask: SampleMask | None,
     free: Sequence[bool],
     options: Options,
@@ -317,54 +328,82 @@ def _prune(
     """Let ``decide`` prune and fit each layer in one pass, then install all or nothing."""
     new, fits = _one_pass(model, loader, targets, _dense(targets), decide, sample_mask, free, options)
     with all_or_nothing(target.module for target in targets):
-        install([(fitted.target, copy.copy(call), fitted.mask) for fitted in new])
+        install([(fitted.target, call(fitted.target), fitted.mask) for fitted in new])
         rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
     return fits
+
+
+def _goals(targets: Sequence[Target], target_sparsity: Sparsity) -> dict[Key, float]:
+    """Return the sparsity that each target shall have, or all together."""
+    keys = [(target.module, target.name) for target in targets]
+    if not isinstance(target_sparsity, Mapping):
+        check_fraction("target_sparsity", target_sparsity)
+        return dict.fromkeys(keys, target_sparsity)
+    for target, key in zip(targets, keys, strict=True):
+        if key not in target_sparsity:
+            raise ValueError(f"target_sparsity has no entry for {target.where}. Give one for each tensor of params.")
+        check_fraction(f"target_sparsity[{type(target.module).__name__}, {target.name!r}]", target_sparsity[key])
+    if len(target_sparsity) > len(keys):
+        raise ValueError(
+            f"target_sparsity has {len(target_sparsity)} entries, but params lists {len(keys)} tensors. List all."
+        )
+    return {key: target_sparsity[key] for key in keys}
 
 
 def _in_rounds(
     model: nn.Module,
     loader: Iterable[Any],
     targets: Sequence[Target],
-    target_sparsity: float,
+    budgets: Sequence[tuple[list[Key], float]],
     criterion: Criterion,
     steps: int,
     sample_mask: SampleMask | None,
     create_bias: bool,
     options: Options,
 ) -> Fits:
-    """Prune a little by one threshold over all tensors and re-fit, again and again."""
-    params = [(target.module, target.name) for target in targets]
+    """Prune a little by one threshold over the tensors of each of ``budgets`` and re-fit, again and again."""
     dense, free = _dense(targets), _free_biases(model, targets, create_bias)
-    masks = [torch.ones_like(t.parameter) if t.mask is None else t.mask for t in targets]
-    total = sum(mask.numel() for mask in masks)
-    left = sum(int(mask.count_nonzero()) for mask in masks) / max(total, 1)
-    if round(target_sparsity * total) < total - round(left * total):
-        raise ValueError(
-            f"target_sparsity={target_sparsity!r} is less than the {1 - left:.4f} that is pruned already. "
-            "Pass a larger one, or undo_all() first."
-        )
+    left = []
+    for keys, goal in budgets:
+        alive, total = _counts(Target.of(*key) for key in keys)
+        Budget(None, goal, 1).count(alive, total, "entries")  # raises where more is pruned already
+        left.append(alive / max(total, 1))
     batches = _taken(loader, options)
     fits: Fits = {}
     with all_or_nothing(target.module for target in targets):
         bar: Any = with_progress(range(1, steps + 1), "prune and compensate", None, options.get("progress"))
         for step in bar:
-            share = (1 - target_sparsity) / left if left else 1.0
-            goal = 1 - left * share ** (step / steps) if step < steps else target_sparsity
             scores = criterion(model)
             if not isinstance(scores, Mapping):
                 raise TypeError(
                     f"criterion(model) gave a {type(scores).__name__}. Let it return {{(module, name): scores}}."
                 )
-            global_unstructured(params, target_sparsity=goal, importance_scores=dict(scores))
-            now = list(targets_of(params).values())
+            for (keys, goal), share in zip(budgets, left, strict=True):
+                kept = share * ((1 - goal) / (share or 1.0)) ** (step / steps)
+                now = 1 - kept if step < steps else goal
+                own = {key: scores[key] for key in keys if key in scores}
+                global_unstructured(keys, target_sparsity=now, importance_scores=own)
+            pruned = [Target.of(target.module, target.name) for target in targets]
             quiet: Options = {**options, "progress": False}
-            new, fits = _one_pass(model, batches, now, dense, None, sample_mask, free, quiet)
+            new, fits = _one_pass(model, batches, pruned, dense, None, sample_mask, free, quiet)
             rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
-            if hasattr(bar, "set_postfix"):
-                worst = max(fit.after for fit in fits.values())
-                bar.set_postfix(sparsity=f"{goal:.1%}", error=f"{worst:.3g}")
+            alive, total = _counts(pruned)
+            _tell(bar, 1 - alive / max(total, 1), max(fit.after for fit in fits.values()))
     return fits
+
+
+def _tell(bar: Any, sparsity: float, error: float) -> None:
+    """Show what was reached, if ``bar`` is a progress bar."""
+    if hasattr(bar, "set_postfix"):
+        bar.set_postfix(sparsity=f"{sparsity:.1%}", error=f"{error:.3g}")
+
+
+def _counts(targets: Iterable[Target]) -> tuple[int, int]:
+    """Return how many entries of ``targets`` are not pruned, and how many there are."""
+    sizes = [
+        (t.parameter.numel() if t.mask is None else int(t.mask.count_nonzero()), t.parameter.numel()) for t in targets
+    ]
+    return sum(alive for alive, _ in sizes), sum(total for _, total in sizes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -412,7 +451,8 @@ def _one_pass(
             for target, name, values, bias in zip(targets, run.names, dense, free, strict=True)
         ]
         earlier = {layer: target.mask for layer, target in zip(layers, targets, strict=True)}
-        bar = iter(with_progress(layers, "compensate", None, options.get("progress")))
+        bar = with_progress(layers, "compensate", None, options.get("progress"))
+        steps = iter(bar)
 
         def solve(layer: Layer, problem: Problem) -> Solution:
             mask = earlier[layer]
@@ -437,12 +477,13 @@ def _one_pass(
             key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
             fits[key] = Fit(float(before.sum()) / whole, float(after.sum()) / whole)
             masks[key] = layer.shaped(keep)
-            next(bar, None)
+            next(steps, None)
+            _tell(bar, 1 - float(keep.mean()), fits[key].after)
             return layer.shaped(rounded), None if best is None else best.reshape(-1)
 
         walk = Pass(run, layers, solve, counted)
         walk.over(list(run.batches(raw, "")))
-        next(bar, None)
+        next(steps, None)
     new = []
     for layer, target in zip(layers, targets, strict=True):
         weight, bias = walk.solved[layer]
