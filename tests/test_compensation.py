@@ -300,8 +300,25 @@ def same_as_oracle(name, model, batches, fits, **options):
 # ------------------------------------------------------------------------------------------------ equals least squares
 
 
+@pytest.fixture
+def to_the_end(monkeypatch):
+    """Let the conjugate gradients run until nothing is gained any more."""
+    monkeypatch.setattr(_solvers, "TOLERANCE", 0.0)
+
+
+@single
+def test_early_end_costs_no_more_than_a_percent(name, monkeypatch):
+    after = []
+    for tolerance in (_solvers.TOLERANCE, 0.0):
+        monkeypatch.setattr(_solvers, "TOLERANCE", tolerance)
+        model, params = pruned(name)
+        after.append(compensate(model, data(ALL[name][1]), params)[params[0]].after)
+    assert after[0] <= 1.01 * after[1] + 1e-9
+
+
 @single
 @pytest.mark.parametrize("ridge", [1e-3, 1e-12])
+@pytest.mark.usefixtures("to_the_end")
 def test_a_layer_gets_what_least_squares_gives(name, ridge, monkeypatch):
     monkeypatch.setattr(_solvers, "RIDGE", ridge)
     model, params = pruned(name)
@@ -313,6 +330,7 @@ def test_a_layer_gets_what_least_squares_gives(name, ridge, monkeypatch):
 
 @deep
 @pytest.mark.parametrize("amount", [0.3, 0.7])
+@pytest.mark.usefixtures("to_the_end")
 def test_layers_in_sequence_get_what_a_loop_over_them_gives(name, amount):
     name = f"deep {name}"
     model, params = pruned(name, amount)
@@ -321,6 +339,7 @@ def test_layers_in_sequence_get_what_a_loop_over_them_gives(name, amount):
 
 
 @pytest.mark.parametrize("name", ["linear, no bias", "conv2d, no bias", "grouped, no bias", "deep residual"])
+@pytest.mark.usefixtures("to_the_end")
 def test_a_bias_is_created_where_there_was_none(name):
     model, params = pruned(name)
     batches = data(ALL[name][1], (40,))
@@ -367,6 +386,7 @@ def weights(model):
     return found + [[m.weight.detach().clone()] for m, _ in pairs(model) if m.bias is None]
 
 
+@pytest.mark.usefixtures("to_the_end")
 @pytest.mark.parametrize("name", ["linear", "linear, tokens", "strided", *(f"deep {name}" for name in DEEP)])
 def test_batches_of_any_size_give_what_one_gives(name):
     found = []
@@ -1086,6 +1106,7 @@ def test_more_steps_of_obs_are_no_worse_on_correlated_inputs():
     assert error[1] <= error[0]
 
 
+@pytest.mark.usefixtures("to_the_end")
 def test_prune_equals_compensate_with_the_mask_it_found():
     for name in ("deep mlp", "deep conv", "(in, out)"):
         model, batches = build(ALL[name][0]), data(ALL[name][1], (30, 14))

@@ -13,6 +13,7 @@ from torch import Tensor
 Choose = Callable[[Tensor], Tensor]  # from scores of a layer, (groups, outputs, inputs), to a mask of 0 and 1
 RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
 ROUNDS = 60  # most steps of the conjugate gradients
+TOLERANCE = 3e-4  # of the error: they end where a step gains less
 SPLITTING = 30  # steps of the operator splitting
 PENALTY, GROWTH, EVERY = 0.1, 1.3, 3  # its penalty at first, and by what it grows every so many steps
 BLOCK = 128  # columns that SparseGPT treats at once, or as many as whole groups allow
@@ -85,16 +86,19 @@ class Problem:
         about = self.count * self.mean_x.square() if self.centred else 0.0
         return (self.gram.diagonal(dim1=-2, dim2=-1) + about).sqrt()
 
-    def damped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the Gram matrix and the cross moments, scaled to a mean diagonal of 1, the former with ``RIDGE``."""
+    def size(self) -> Tensor:
+        """Return the mean diagonal of the Gram matrix of each group, ``(groups, 1, 1)``; 1 where it is 0."""
         size = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        size = torch.where(size > 0, size, 1.0)
-        gram = (self.gram / size).to(dtype)
+        return torch.where(size > 0, size, 1.0)
+
+    def damped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the Gram matrix and the cross moments, in units of :meth:`size`, the former with ``RIDGE``."""
+        gram = (self.gram / self.size()).to(dtype)
         gram.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
-        return gram, (self.cross / size).to(dtype)
+        return gram, (self.cross / self.size()).to(dtype)
 
 
-def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
+def refit(problem: Problem, weight: Tensor, keep: Tensor, guess: Tensor | None = None) -> Tensor:
     """Return the best weights on the support ``keep``, by conjugate gradients over all rows at once.
 
     The Gram matrix is shared, so one product per step serves every row; the mask projects and the diagonal
@@ -102,24 +106,28 @@ def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
 
     Args:
         problem: the layer's least squares.
-        weight: where to start from; what is not kept counts as 0.
+        weight: what there is; what is not kept counts as 0.
         keep: 0 and 1, of its shape.
+        guess: where to start from, if that is not ``weight``; 0 where nothing is kept.
     """
     gram, cross = problem.damped(weight.dtype)
     scale = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     start = weight * keep
-    found = start.clone()
-    residual = (cross + RIDGE * start - start @ gram).mul_(keep)
+    found = (start if guess is None else guess).clone()
+    residual = (cross + RIDGE * start - found @ gram).mul_(keep)
     direction = residual / scale
     slope = (residual * direction).sum(-1, keepdim=True)
-    enough = slope * torch.finfo(weight.dtype).eps
+    left = float((problem.error(found) / problem.size().squeeze(-1)).sum() + RIDGE * (found - start).square().sum())
+    gained, noise = 0.0, torch.finfo(weight.dtype).eps
     for _ in range(ROUNDS):
-        if not (slope > enough).any():
-            break
         product = (direction @ gram).mul_(keep)
         curvature = (direction * product).sum(-1, keepdim=True)
         step = torch.where(curvature > 0, slope / curvature, 0.0)
         found.addcmul_(step, direction)
+        gain = float((step * slope).sum())
+        gained += gain
+        if not gain > TOLERANCE * max(left - gained, noise * gained):
+            break
         residual.addcmul_(step, product, value=-1)
         ahead = residual / scale
         before, slope = slope, (residual * ahead).sum(-1, keepdim=True)
