@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Choose = Callable[[Tensor], Tensor]  # from scores of a layer, (groups, outputs, inputs), to a mask of 0 and 1
+Choose = Callable[[Tensor], Tensor]  # from values (groups, outputs, inputs) to a mask of the largest, 0 and 1
 RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
 ROUNDS = 60  # most steps of the conjugate gradients
 TOLERANCE = 3e-4  # of the error: they end where a step gains less
 SPLITTING = 30  # steps of the operator splitting
 PENALTY, GROWTH, EVERY = 0.1, 1.3, 3  # its penalty at first, and by what it grows every so many steps
+ROWS = 1024  # of a weight that are worked on at once, which bounds the memory for what lies in between
 BLOCK = 128  # columns that SparseGPT treats at once, or as many as whole groups allow
 
 
@@ -45,14 +46,14 @@ class Moments:
         """Return the least squares with the best bias for each weight, or with a fixed ``bias``, (groups, outputs)."""
         sum_x, sum_y, gram, cross, energy = self.sums
         mean_x, mean_y = sum_x / self.count, sum_y / self.count
-        gram = gram - self.count * mean_x.unsqueeze(-1) * mean_x.unsqueeze(-2)
-        cross = cross - self.count * mean_y.unsqueeze(-1) * mean_x.unsqueeze(-2)
+        gram = torch.baddbmm(gram, mean_x.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=-self.count)
+        cross = torch.baddbmm(cross, mean_y.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=-self.count)
         variation = energy = energy - self.count * mean_y.square()
         mean_x, mean_y = mean_x + self.origin[0].squeeze(1), mean_y + self.origin[1].squeeze(1)
         if bias is not None:
             rest = mean_y - bias
-            gram = gram + self.count * mean_x.unsqueeze(-1) * mean_x.unsqueeze(-2)
-            cross = cross + self.count * rest.unsqueeze(-1) * mean_x.unsqueeze(-2)
+            gram.baddbmm_(mean_x.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=self.count)
+            cross.baddbmm_(rest.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=self.count)
             energy = energy + self.count * rest.square()
         return Problem(gram, cross, energy, variation, mean_x, mean_y, self.count, bias is None)
 
@@ -72,14 +73,17 @@ class Problem:
 
     def error(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the squared error of each row; without ``bias`` with the best one, or the one fixed in the problem."""
-        weight = weight.double()
-        product = weight @ self.gram
-        found = (self.energy + (product.sub_(self.cross, alpha=2) * weight).sum(-1)).clamp_min(0)
+        found = self.energy.clone()
+        for total, *rows in zip(*(t.split(ROWS, 1) for t in (found, weight, self.cross)), strict=True):
+            some, cross = rows[0].double(), rows[1]
+            total += (some @ self.gram).sub_(cross, alpha=2).mul_(some).sum(-1)
+        found.clamp_min_(0)
         return found if bias is None else found + self.count * (self.best_bias(weight) - bias).square()
 
     def best_bias(self, weight: Tensor) -> Tensor:
         """Return the best bias of each row, ``(groups, outputs)``."""
-        return self.mean_y - (weight.double() @ self.mean_x.unsqueeze(-1)).squeeze(-1)
+        rows = [part.double() @ self.mean_x.unsqueeze(-1) for part in weight.split(ROWS, 1)]
+        return self.mean_y - torch.cat(rows, 1).squeeze(-1)
 
     def input_norms(self) -> Tensor:
         """Return the norm of each input over the samples, ``(groups, inputs)``."""
@@ -98,27 +102,35 @@ class Problem:
         return gram, (self.cross / self.size()).to(dtype)
 
 
-def refit(problem: Problem, weight: Tensor, keep: Tensor, guess: Tensor | None = None) -> Tensor:
-    """Return the best weights on the support ``keep``, by conjugate gradients over all rows at once.
+def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
+    """Return the best weights on the support ``keep``, by conjugate gradients over many rows at once.
 
     The Gram matrix is shared, so one product per step serves every row; the mask projects and the diagonal
     preconditions. A ridge pulls towards ``weight``. No row gets worse.
 
     Args:
         problem: the layer's least squares.
-        weight: what there is; what is not kept counts as 0.
+        weight: where to start from; what is not kept counts as 0.
         keep: 0 and 1, of its shape.
-        guess: where to start from, if that is not ``weight``; 0 where nothing is kept.
     """
     gram, cross = problem.damped(weight.dtype)
+    found = weight * keep
+    before = problem.error(found)
+    for part in zip(
+        *(t.split(ROWS, 1) for t in (found, keep, cross, before / problem.size().squeeze(-1))), strict=True
+    ):
+        _descend(gram, *part)
+    better = problem.error(found) < before
+    return torch.where(better.unsqueeze(-1), found, weight * keep)
+
+
+def _descend(gram: Tensor, found: Tensor, keep: Tensor, cross: Tensor, errors: Tensor) -> None:
+    """Go down from ``found``, in place, to the least squares on the support ``keep``."""
     scale = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    start = weight * keep
-    found = (start if guess is None else guess).clone()
-    residual = (cross + RIDGE * start - found @ gram).mul_(keep)
+    residual = torch.add(cross, found, alpha=RIDGE).sub_(found @ gram).mul_(keep)
     direction = residual / scale
     slope = (residual * direction).sum(-1, keepdim=True)
-    left = float((problem.error(found) / problem.size().squeeze(-1)).sum() + RIDGE * (found - start).square().sum())
-    gained, noise = 0.0, torch.finfo(weight.dtype).eps
+    left, gained, noise = float(errors.sum()), 0.0, torch.finfo(found.dtype).eps
     for _ in range(ROUNDS):
         product = (direction @ gram).mul_(keep)
         curvature = (direction * product).sum(-1, keepdim=True)
@@ -132,7 +144,6 @@ def refit(problem: Problem, weight: Tensor, keep: Tensor, guess: Tensor | None =
         ahead = residual / scale
         before, slope = slope, (residual * ahead).sum(-1, keepdim=True)
         direction.mul_(torch.where(before > 0, slope / before, 0.0)).add_(ahead)
-    return torch.where((problem.error(found) < problem.error(start)).unsqueeze(-1), found, start)
 
 
 def split(problem: Problem, weight: Tensor, choose: Choose) -> Tensor:
@@ -142,26 +153,30 @@ def split(problem: Problem, weight: Tensor, choose: Choose) -> Tensor:
     arXiv:2406.07831; Boza 2024, *Fast and Effective Weight Update for Pruned Large Language Models*, arXiv:2401.02938.
     """
     gram, cross = problem.damped(weight.dtype)
-    cross = cross + RIDGE * weight
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
-    gram, cross = gram / scale / scale.mT, cross / scale
+    gram.div_(scale).div_(scale.mT)
+    cross.add_(weight, alpha=RIDGE).div_(scale)
     sparse = weight * scale
-    mask = choose(sparse.abs())
-    sparse = sparse * mask
+    mask = choose(sparse)
+    sparse *= mask
     dual = torch.zeros_like(sparse)
-    penalty, inverse = PENALTY, gram
     for step in range(SPLITTING):
         if step % EVERY == 0:
             penalty = PENALTY * GROWTH ** (step // EVERY)
-            shifted = gram.clone()
-            shifted.diagonal(dim1=-2, dim2=-1).add_(penalty)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-        dense = (cross + penalty * (sparse - dual)) @ inverse
-        dual += dense
-        mask = choose(dual.abs())
-        sparse = dual * mask
+            inverse = _inverse(gram, penalty)
+        for rows in zip(*(t.split(ROWS, 1) for t in (dual, sparse, cross)), strict=True):
+            rows[0].add_(torch.sub(rows[1], rows[0]).mul_(penalty).add_(rows[2]) @ inverse)
+        mask = choose(dual)
+        torch.mul(dual, mask, out=sparse)
         dual -= sparse
     return mask
+
+
+def _inverse(gram: Tensor, shift: float) -> Tensor:
+    """Return the inverse of ``gram`` with ``shift`` added to its diagonal."""
+    shifted = gram.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
 
 
 def magnitude_scores(problem: Problem, weight: Tensor) -> Tensor:
@@ -183,7 +198,7 @@ def obs_scores(problem: Problem, weight: Tensor) -> Tensor:
     Source: Hassibi & Stork 1992, *Second Order Derivatives for Network Pruning: Optimal Brain Surgeon*.
     """
     gram, _ = problem.damped(weight.dtype)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    inverse = _inverse(gram, 0.0)
     return weight.square() / inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
 
 

@@ -83,14 +83,13 @@ class Turns:
 
 @dataclass(eq=False)
 class Layer:
-    """A linear layer of the model, its dense weights, and the weights that the pruned stream has.
+    """A linear layer of the model and its dense weights.
 
     Args:
         target: the plain weight in the model.
         label: how errors call it.
         dense: weights of the dense stream.
         dense_bias: bias of the dense stream; None where there is none.
-        effective: weights of the pruned stream before it is solved.
         bias: whether the bias may be changed.
     """
 
@@ -98,7 +97,6 @@ class Layer:
     label: str
     dense: Tensor
     dense_bias: Tensor | None
-    effective: Tensor
     bias: bool
 
     def __post_init__(self) -> None:
@@ -280,8 +278,9 @@ class Pass:
     def _finish(self, layer: Layer) -> None:
         if not self.moments.count:
             raise ValueError("sample_mask leaves out every sample. Let it be True where a sample counts.")
-        self.solved[layer] = self.solve(layer, self.moments.problem(None if layer.bias else layer.bias_rows()))
-        self.moments = Moments()
+        problem = self.moments.problem(None if layer.bias else layer.bias_rows())
+        self.moments = Moments()  # what it held is as large as the problem
+        self.solved[layer] = self.solve(layer, problem)
 
     def _other_way(self) -> ValueError:
         return ValueError("loader: batches take different ways through the model. Pass such that call the same layers.")

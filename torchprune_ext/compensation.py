@@ -447,17 +447,17 @@ def _one_pass(
     quiet: Options = {**options, "progress": False}  # the bar counts layers
     with calibrating(model, [(target.module, target.name) for target in targets], quiet) as run:
         layers = [
-            Layer(Target.of(target.module, target.name), name, *values, target.weight(), bias)
+            Layer(Target.of(target.module, target.name), name, *values, bias)
             for target, name, values, bias in zip(targets, run.names, dense, free, strict=True)
         ]
-        earlier = {layer: target.mask for layer, target in zip(layers, targets, strict=True)}
+        given = dict(zip(layers, targets, strict=True))
         bar = with_progress(layers, "compensate", None, options.get("progress"))
         steps = iter(bar)
 
         def solve(layer: Layer, problem: Problem) -> Solution:
-            mask = earlier[layer]
-            weight = layer.matrix(layer.effective).to(wide(layer.effective.dtype))
-            alive = torch.ones_like(weight) if mask is None else layer.matrix(mask != 0).to(weight)
+            weight, mask = given[layer].weight(), given[layer].mask
+            weight = layer.matrix(weight).to(wide(weight.dtype))
+            alive = weight.new_ones(()).expand_as(weight) if mask is None else layer.matrix(mask != 0).to(weight)
             bias = layer.bias_rows()
             if decide is None:
                 found, keep = refit(problem, weight, alive), alive
