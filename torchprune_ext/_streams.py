@@ -24,6 +24,7 @@ from torchprune_ext._solvers import Moments, Problem
 
 Solution = tuple[Tensor, Tensor | None]  # the pruned stream's weight and, if it is new, bias, in the module's shapes
 Solve = Callable[["Layer", Problem], Solution]
+ROWS, NUMBERS = 4096, 1 << 18  # summed up in one product, or more: few enough for the precision and for the cache
 
 
 class Cancelled(BaseException):
@@ -182,16 +183,21 @@ class Layer:
         module = self.module
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        kernel, stride, dilation = (tuple(v) for v in (module.kernel_size, module.stride, module.dilation))
-        if x.dim() == 3:  # Conv1d: a picture of one row
-            x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
-        return _by_groups(F.unfold(x, kernel, dilation=dilation, stride=stride), self.groups)
+        axes = range(2, x.dim())
+        for axis, size, stride, gap in zip(axes, module.kernel_size, module.stride, module.dilation, strict=True):
+            x = x.unfold(axis, gap * (size - 1) + 1, stride)[..., ::gap]
+        return self._by_groups(x.movedim([1, *(axis + len(axes) for axis in axes)], [*range(len(axes) + 1)]), len(axes))
 
     def outputs(self, y: Tensor) -> Tensor:
         """Return ``y`` as ``(groups, samples, outputs)``."""
         if not isinstance(self.module, _ConvNd):
             return y.reshape(1, -1, y.shape[-1])
-        return _by_groups(y.flatten(2), self.groups)
+        return self._by_groups(y.transpose(0, 1), 0)
+
+    def _by_groups(self, x: Tensor, inner: int) -> Tensor:
+        """Return ``(channels, *inner, samples, *places)`` as ``(groups, samples * places, channels * inner)``."""
+        channels = x.shape[: inner + 1].numel() // self.groups
+        return x.reshape(self.groups, channels, x.shape[inner + 1 :].numel()).mT
 
 
 class Pass:
@@ -273,7 +279,10 @@ class Pass:
         most = 1 if isinstance(layer.module, _ConvNd) else x.dim() - 1
         if mask is not None and mask.dim() <= most and x.shape[: mask.dim()] == mask.shape:
             x, y = x[mask], y[mask]
-        self.moments.add(layer.inputs(x), layer.outputs(y))
+        rows = layer.outputs(y[:1]).shape[1]  # of the least squares, for each entry of the first axis
+        step = max(ROWS, NUMBERS // layer.dense[0].numel()) // max(rows, 1)
+        for some, outputs in zip(x.split(max(step, 1)), y.split(max(step, 1)), strict=True):
+            self.moments.add(layer.inputs(some), layer.outputs(outputs))
 
     def _finish(self, layer: Layer) -> None:
         if not self.moments.count:
@@ -284,11 +293,6 @@ class Pass:
 
     def _other_way(self) -> ValueError:
         return ValueError("loader: batches take different ways through the model. Pass such that call the same layers.")
-
-
-def _by_groups(x: Tensor, groups: int) -> Tensor:
-    """Return ``(samples, groups * channels, places)`` as ``(groups, samples * places, channels)``."""
-    return x.reshape(len(x), groups, -1, x.shape[2]).permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def _halves_agree(x: Tensor, axis: int) -> bool:
