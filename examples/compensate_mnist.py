@@ -31,7 +31,7 @@ from torchprune_ext import calibration
 
 CALIBRATION_IMAGES, BATCH = 5_000, 1_000
 SPARSITIES = (0.7387, 0.90, 0.95, 0.98)  # the first is what the chapter's amounts leave of all parameters
-ROUNDS = (4, 8, 16)  # to choose from
+ROUNDS = (5, 15)  # to choose from
 
 Scores = dict[tuple[nn.Module, str], Tensor]
 Goal = float | Mapping[str, float]  # of all weights together, or of each layer

@@ -13,9 +13,9 @@ PACKAGE = pathlib.Path(torchprune_ext.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "_checks", "patterns", "criteria", "_ranks", "selection", "masks", "_solvers", "_host", "_passes", "_streams",
-    "calibration",
-    "penalties", "discovery", "scoring", "methods", "functional", "_budget", "global_pruning", "lifecycle",
-    "checkpoint", "compensation", "allocation", "schedules", "deploy", "report", "plots", "integrations",
+    "_fitting", "calibration", "penalties", "discovery", "scoring", "methods", "functional", "_budget",
+    "global_pruning", "lifecycle", "checkpoint", "compensation", "allocation", "schedules", "deploy", "report",
+    "plots", "integrations",
 ]  # fmt: skip
 HEAVY = ["matplotlib", "torchvision", "sklearn", "numpy.testing", "hypothesis", "tqdm", "torch._dynamo"]
 

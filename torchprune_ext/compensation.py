@@ -9,21 +9,29 @@ Beside one layer's moments, inputs x inputs in float64, the activations of all b
 pass as much data as fits, e.g. with ``max_batches``.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from torchprune_ext._budget import Budget, GlobalPruning
 from torchprune_ext._checks import check_fraction, check_module, check_whole
+from torchprune_ext._fitting import (
+    Decide,
+    Fit,
+    Fits,
+    SampleMask,
+    dense_values,
+    fit_layers,
+    free_biases,
+    taken,
+    tell,
+)
 from torchprune_ext._host import Target, all_or_nothing, install, rewrite, targets_of
-from torchprune_ext._passes import Key, Options, calibrating, wide, with_progress
+from torchprune_ext._passes import Key, Options, with_progress
 from torchprune_ext._solvers import (
     BLOCK,
     Problem,
@@ -34,31 +42,15 @@ from torchprune_ext._solvers import (
     split,
     wanda_scores,
 )
-from torchprune_ext._streams import Layer, Pass, Solution
+from torchprune_ext._streams import Layer
 from torchprune_ext.global_pruning import global_unstructured
-from torchprune_ext.masks import finish, nm_mask
+from torchprune_ext.masks import nm_mask
 from torchprune_ext.patterns import NM
+
+__all__ = ["Fit", "Fits", "compensate", "prune_and_compensate", "sparsegpt"]
 
 Criterion = Callable[[nn.Module], Mapping[Key, Tensor]]
 Sparsity = float | Mapping[Key, float]
-SampleMask = Callable[[Any], Tensor]
-Decide = Callable[[Layer, Problem, Tensor, Tensor], tuple[Tensor, Tensor]]  # from weights and mask to new ones
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """What a layer's outputs are off the dense model's, in squares relative to their variation, on the data given.
-
-    Args:
-        before: with what was pruned merely zeroed.
-        after: with the survivors re-fitted.
-    """
-
-    before: float
-    after: float
-
-
-Fits = dict[Key, Fit]
 
 
 def compensate(
@@ -97,6 +89,8 @@ def compensate(
     Source: the least squares of *Optimal Brain Surgeon* (Hassibi & Stork 1992) for a given mask, layer by layer.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> import torchprune_ext as tpe
         >>> layer = nn.Linear(2, 1)
         >>> _ = layer.weight.data.copy_(torch.tensor([[2.0, 1.0]]))
@@ -107,8 +101,8 @@ def compensate(
         (True, True, True)
     """
     targets = _targets(model, params)
-    free = _free_biases(model, targets, create_bias)
-    new, fits = _one_pass(model, loader, targets, _dense(targets), None, sample_mask, free, options)
+    free = free_biases(model, targets, create_bias)
+    new, fits = fit_layers(model, loader, targets, dense_values(targets), None, sample_mask, free, options)
     rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
     return fits
 
@@ -163,6 +157,8 @@ def prune_and_compensate(
     Hassibi & Stork 1992 for OBS; Sun et al. 2023, arXiv:2306.11695, for Wanda.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> import torchprune_ext as tpe
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
         >>> data = [(torch.randn(64, 8), None)]
@@ -211,7 +207,7 @@ def prune_and_compensate(
         asked = {"target_sparsity": goals[target.module, target.name]} if pattern is None else {"pattern": pattern}
         return GlobalPruning("prune_and_compensate", **asked, criterion=criterion, steps=steps or 1)
 
-    free = _free_biases(model, targets, create_bias)
+    free = free_biases(model, targets, create_bias)
     return _prune(model, loader, targets, decide, call, sample_mask, free, options)
 
 
@@ -253,6 +249,8 @@ def sparsegpt(
     arXiv:2301.00774.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> import torchprune_ext as tpe
         >>> layer = nn.Linear(8, 4)
         >>> fits = tpe.sparsegpt(layer, [(torch.randn(64, 8), None)], [(layer, "weight")], n=2, m=4, progress=False)
@@ -326,7 +324,7 @@ def _prune(
     options: Options,
 ) -> Fits:
     """Let ``decide`` prune and fit each layer in one pass, then install all or nothing."""
-    new, fits = _one_pass(model, loader, targets, _dense(targets), decide, sample_mask, free, options)
+    new, fits = fit_layers(model, loader, targets, dense_values(targets), decide, sample_mask, free, options)
     with all_or_nothing(target.module for target in targets):
         install([(fitted.target, call(fitted.target), fitted.mask) for fitted in new])
         rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
@@ -362,13 +360,13 @@ def _in_rounds(
     options: Options,
 ) -> Fits:
     """Prune a little by one threshold over the tensors of each of ``budgets`` and re-fit, again and again."""
-    dense, free = _dense(targets), _free_biases(model, targets, create_bias)
+    dense, free = dense_values(targets), free_biases(model, targets, create_bias)
     left = []
     for keys, goal in budgets:
         alive, total = _counts(Target.of(*key) for key in keys)
         Budget(None, goal, 1).count(alive, total, "entries")  # raises where more is pruned already
         left.append(alive / max(total, 1))
-    batches = _taken(loader, options)
+    batches = taken(loader, options)
     fits: Fits = {}
     with all_or_nothing(target.module for target in targets):
         bar: Any = with_progress(range(1, steps + 1), "prune and compensate", None, options.get("progress"))
@@ -385,17 +383,11 @@ def _in_rounds(
                 global_unstructured(keys, target_sparsity=now, importance_scores=own)
             pruned = [Target.of(target.module, target.name) for target in targets]
             quiet: Options = {**options, "progress": False}
-            new, fits = _one_pass(model, batches, pruned, dense, None, sample_mask, free, quiet)
+            new, fits = fit_layers(model, batches, pruned, dense, None, sample_mask, free, quiet)
             rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
             alive, total = _counts(pruned)
-            _tell(bar, 1 - alive / max(total, 1), max(fit.after for fit in fits.values()))
+            tell(bar, 1 - alive / max(total, 1), max(fit.after for fit in fits.values()))
     return fits
-
-
-def _tell(bar: Any, sparsity: float, error: float) -> None:
-    """Show what was reached, if ``bar`` is a progress bar."""
-    if hasattr(bar, "set_postfix"):
-        bar.set_postfix(sparsity=f"{sparsity:.1%}", error=f"{error:.3g}")
 
 
 def _counts(targets: Iterable[Target]) -> tuple[int, int]:
@@ -404,131 +396,6 @@ def _counts(targets: Iterable[Target]) -> tuple[int, int]:
         (t.parameter.numel() if t.mask is None else int(t.mask.count_nonzero()), t.parameter.numel()) for t in targets
     ]
     return sum(alive for alive, _ in sizes), sum(total for _, total in sizes)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Fitted:
-    """What a pass has found for one target: its mask, all its values and, if it is new, the bias."""
-
-    target: Target
-    mask: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-def _one_pass(
-    model: nn.Module,
-    loader: Iterable[Any],
-    targets: Sequence[Target],
-    dense: Sequence[tuple[Tensor, Tensor | None]],
-    decide: Decide | None,
-    sample_mask: SampleMask | None,
-    free: Sequence[bool],
-    options: Options,
-) -> tuple[list[_Fitted], Fits]:
-    """Fit all layers in sequence and return what to install; changes nothing.
-
-    Args:
-        model: the model.
-        loader: batches.
-        targets: the tensors to fit.
-        dense: weight and bias that the dense stream has for each.
-        decide: from a layer, its problem, its weights and mask to new ones; None to re-fit what the mask leaves.
-        sample_mask: which samples count.
-        free: whether the bias of each layer is fitted too.
-        options: how the data is read.
-    """
-    fits: Fits = {}
-    masks: dict[Key, Tensor] = {}
-    if options.get("process_group") is not None:
-        raise ValueError("process_group= is not supported here: each layer is fitted in one process. Leave it out.")
-    raw = _taken(loader, options)
-    counted = [None if sample_mask is None else _bool_mask(sample_mask(batch)) for batch in raw]
-    quiet: Options = {**options, "progress": False}  # the bar counts layers
-    with calibrating(model, [(target.module, target.name) for target in targets], quiet) as run:
-        layers = [
-            Layer(Target.of(target.module, target.name), name, *values, bias)
-            for target, name, values, bias in zip(targets, run.names, dense, free, strict=True)
-        ]
-        given = dict(zip(layers, targets, strict=True))
-        bar = with_progress(layers, "compensate", None, options.get("progress"))
-        steps = iter(bar)
-
-        def solve(layer: Layer, problem: Problem) -> Solution:
-            weight, mask = given[layer].weight(), given[layer].mask
-            weight = layer.matrix(weight).to(wide(weight.dtype))
-            alive = weight.new_ones(()).expand_as(weight) if mask is None else layer.matrix(mask != 0).to(weight)
-            bias = layer.bias_rows()
-            if decide is None:
-                found, keep = refit(problem, weight, alive), alive
-            else:
-                found, keep = decide(layer, problem, weight, alive)
-            start = weight * keep
-            rounded = found.to(layer.dense.dtype)
-            best = problem.best_bias(rounded).to(layer.dense.dtype) if layer.bias else None
-            before = problem.error(start, bias if layer.bias else None)
-            after = problem.error(rounded, None if best is None else best.double())
-            if decide is None:  # rounding to the model's precision may have cost more than was gained
-                worse = after > before
-                rounded = torch.where(worse.unsqueeze(-1), start.to(rounded.dtype), rounded)
-                after = torch.where(worse, before, after)
-                if best is not None:
-                    best = torch.where(worse, bias, best.double()).to(best.dtype)
-            key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
-            fits[key] = Fit(float(before.sum()) / whole, float(after.sum()) / whole)
-            masks[key] = layer.shaped(keep)
-            next(steps, None)
-            _tell(bar, 1 - float(keep.mean()), fits[key].after)
-            return layer.shaped(rounded), None if best is None else best.reshape(-1)
-
-        walk = Pass(run, layers, solve, counted)
-        walk.over(list(run.batches(raw, "")))
-        next(steps, None)
-    new = []
-    for layer, target in zip(layers, targets, strict=True):
-        weight, bias = walk.solved[layer]
-        like = target.parameter.detach() if target.mask is None else target.mask
-        mask = finish(masks[layer.module, layer.name].to(like.dtype), like)
-        values = torch.where(mask != 0, weight, target.parameter.detach())
-        new.append(_Fitted(target, mask, values, bias))
-    return new, {(target.module, target.name): fits[target.module, target.name] for target in targets}
-
-
-def _dense(targets: Sequence[Target]) -> list[tuple[Tensor, Tensor | None]]:
-    """Return the values under the masks, and the biases."""
-    biases = [Target.found(target.module, "bias") for target in targets]
-    return [
-        (target.parameter.detach(), None if bias is None else bias.parameter.detach())
-        for target, bias in zip(targets, biases, strict=True)
-    ]
-
-
-def _taken(loader: Iterable[Any], options: Options) -> list[Any]:
-    """Return the batches that the options ask for."""
-    most = options.get("max_batches")
-    if most is not None:
-        check_whole("max_batches", most, 1)
-    return list(islice(loader, most))
-
-
-def _bool_mask(mask: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"sample_mask gave {what}. Let it return a bool tensor, True where a sample counts.")
-    return mask
-
-
-def _free_biases(model: nn.Module, targets: Sequence[Target], create: bool) -> list[bool]:
-    """Return whether the bias of each layer may be changed: not if it is pruned, shared, or computed."""
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    found = []
-    for target in targets:
-        bias = Target.found(target.module, "bias")
-        if bias is None:
-            found.append(create and "bias" in target.module._parameters)
-        else:
-            found.append(bias.mask is None and owners[id(bias.parameter)] == 1)
-    return found
 
 
 def _largest(layer: Layer, scores: Tensor, size: NM | int, alive: Tensor) -> Tensor:
