@@ -4,9 +4,13 @@ The oracle goes through the layers in a loop with two plain models side by side;
 finds by letting the layer itself run with one weight at 1 and all others at 0.
 """
 
+import contextvars
 import copy
 import functools
+import os
+import signal
 import threading
+import time
 import warnings
 
 import pytest
@@ -33,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 def _no_thread_left():
     before = set(threading.enumerate())
     yield
-    assert set(threading.enumerate()) <= before
+    assert {thread for thread in threading.enumerate() if thread.is_alive()} <= before
 
 
 # ------------------------------------------------------------------------------------------------------ models, data
@@ -253,7 +257,7 @@ def watch(model, layer, batches):
     seen = []
     handle = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     for x, _ in batches:
-        model(x)
+        model(*x) if isinstance(x, tuple) else model(x)
     handle.remove()
     return [torch.cat(part).detach() for part in zip(*seen, strict=True)]
 
@@ -756,6 +760,96 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
+class Table(nn.Module):
+    """Multiplies a table that has nothing to do with the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.table = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x):
+        return self.a(x) @ self.b(self.table).t()
+
+
+class TimeMajor(Branching):
+    """Puts the rows of one sample far apart."""
+
+    def forward(self, x):
+        return self.b(self.a(x).transpose(0, 1).reshape(-1, 4))
+
+
+class Dropping(Branching):
+    def forward(self, x):
+        return self.b(F.dropout(self.a(x), 0.5, training=True))
+
+
+class TimeFirst(nn.Module):
+    def __init__(self, mix, head):
+        super().__init__()
+        self.mix, self.head = mix, head
+
+    def forward(self, x):
+        return self.head(self.mix(x)[0])
+
+
+class Remembering(Branching):
+    def forward(self, x, memory):
+        return self.b(F.gelu(self.a(x) @ memory.t() @ memory / 8))
+
+
+def with_memory(size):
+    memory = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return [((x, memory), None) for x, _ in data((4,), (size,))]
+
+
+class Positions(Branching):
+    def forward(self, x, position):
+        return self.b(self.a(x) + position[:, None])
+
+
+def with_positions(size):
+    return [((x, torch.arange(3.0).double()), None) for x, _ in data((3, 4), (size,))]
+
+
+class PlusLinear(nn.Linear):
+    def forward(self, x, residual=None):
+        y = super().forward(x)
+        return y if residual is None else y + residual
+
+
+class Residue(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = PlusLinear(4, 4), PlusLinear(4, 4)
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x, residual=x)))
+
+
+def no_outputs():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1, bias=False))
+    model[1].weight = nn.Parameter(torch.empty(0, 4))
+    return model
+
+
+def spoilt_weight(value):
+    model = two()
+    model[2].weight.data[1, 1] = value
+    return model
+
+
+def spoilt_data(value):
+    batches = [(x.clone(), y) for x, y in EIGHT]
+    batches[1][0][0, 1] = value
+    return batches
+
+
+def halved():
+    model = two()
+    prune.custom_from_mask(model[2], "weight", 0.5 * (torch.rand(4, 4) < 0.5))
+    return model
+
+
 def at(*path):
     return lambda model: [(model.get_submodule(path[0]), path[1] if len(path) > 1 else "weight")]
 
@@ -816,6 +910,48 @@ REFUSED = {
     "second batch raises": (Breaks, lambda: data((4,), (5, 2, 4)), {}, pairs, ArithmeticError),
     "first batch raises": (Breaks, lambda: data((4,), (2, 5)), {}, pairs, ArithmeticError),
     "last batch raises": (Breaks, lambda: data((4,), (5, 3, 2)), {}, pairs, ArithmeticError),
+    "a table": (Table, lambda: data((4,), (4, 4)), {}, pairs, ValueError),
+    "time before samples": (TimeMajor, lambda: data((3, 4), (4, 4)), {}, pairs, ValueError),
+    "dropout that is always on": (Dropping, lambda: EIGHT, {}, pairs, ValueError),
+    "samples along which an LSTM runs": (
+        lambda: TimeFirst(nn.LSTM(4, 4), nn.Linear(4, 3)),
+        lambda: TOKENS,
+        {},
+        at("head"),
+        ValueError,
+    ),
+    "statistics of the batch": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)),
+        lambda: EIGHT,
+        {},
+        pairs,
+        ValueError,
+    ),
+    "memory as long as the batch": (Remembering, lambda: with_memory(5), {}, pairs, ValueError),
+    "positions as long as the batch": (Positions, lambda: with_positions(3), {}, pairs, ValueError),
+    "more arguments": (Residue, lambda: EIGHT, {}, pairs, TypeError),
+    "original1": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
+        lambda: EIGHT,
+        {},
+        at("1.parametrizations.weight", "original1"),
+        TypeError,
+    ),
+    "no outputs": (no_outputs, lambda: EIGHT, {}, at("1"), ValueError),
+    "NaN in a weight": (lambda: spoilt_weight(float("nan")), lambda: EIGHT, {}, at("2"), ValueError),
+    "infinity in a weight": (lambda: spoilt_weight(float("inf")), lambda: EIGHT, {}, at("2"), ValueError),
+    "NaN in the data": (two, lambda: spoilt_data(float("nan")), {}, pairs, ValueError),
+    "infinity in the data": (two, lambda: spoilt_data(float("inf")), {}, pairs, ValueError),
+    "squares out of range": (two, lambda: [(EIGHT[0][0] * 1e160, None)], {}, pairs, ValueError),
+    "mask of halves": (halved, lambda: EIGHT, {}, pairs, ValueError),
+    "sample_mask too long": (two, lambda: EIGHT, {"sample_mask": lambda b: torch.ones(99) > 0}, pairs, ValueError),
+    "sample_mask of no token": (
+        lambda: nn.Sequential(nn.Linear(4, 4)),
+        lambda: TOKENS,
+        {"sample_mask": lambda batch: torch.ones(len(batch[0]), 2) > 0},
+        pairs,
+        ValueError,
+    ),
     "wrong shape": (two, lambda: data((5,), (4, 4)), {}, pairs, RuntimeError),
 }
 CALLS = {
@@ -909,6 +1045,207 @@ def test_a_criterion_that_raises_in_a_later_round_leaves_no_trace(fails_in, crea
         prune_and_compensate(model, data((2, 5, 5), (9, 9)), params, **options)
     assert len(rounds) == fails_in
     assert not before.differences()
+
+
+def test_errors_name_the_layer():
+    cases = [
+        (spoilt_weight(float("nan")), EIGHT, "2.weight or its bias holds NaN"),
+        (two(), spoilt_data(float("inf")), "0.weight gets inputs"),
+        (TimeMajor(), data((3, 4), (4, 4)), "b.weight gets an input of shape"),
+    ]
+    for model, batches, text in cases:
+        model = model.double()
+        for module, name in pairs(model):
+            prune.identity(module, name)
+        with pytest.raises(ValueError, match=text):
+            compensate(model, batches, pairs(model))
+
+
+@pytest.mark.parametrize("started", [0, 1, 3])
+def test_too_many_threads_leave_none(started, monkeypatch):
+    model, params = pruned("deep mlp")
+    before, threads, start = Snapshot(model), [], threading.Thread.start
+
+    def fails(thread):
+        if len(threads) == started:
+            raise RuntimeError("can't start new thread")
+        threads.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    with pytest.raises(RuntimeError, match="can't start"):
+        compensate(model, data((6,), (5, 5, 5, 5)), params)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not before.differences()
+
+
+class Interrupts(Branching):
+    """Lets Ctrl-C be pressed while the second batch is on its way."""
+
+    def forward(self, x):
+        x = self.a(x)
+        if x.shape[0] == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        return self.b(x)
+
+
+def test_ctrl_c_twice_leaves_no_trace():
+    model = build(Interrupts)
+    prune.l1_unstructured(model.a, "weight", amount=0.5)
+    before = Snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        compensate(model, data((4,), (5, 3, 5)), pairs(model))
+    assert not before.differences()
+
+
+# ------------------------------------------------------------------------------ errors are those of the model, whatever
+
+
+def true_errors(model, dense, batches):
+    """Return how far each listed layer's outputs are off the dense model's, by running both."""
+    found = []
+    for each in names(model):
+        y, other = (watch(net.eval(), net.get_submodule(each), batches)[1] for net in (dense, model))
+        y, other = (t.reshape(-1, t.shape[-1]) for t in (y, other))
+        found.append(float((other - y).square().sum() / (y - y.mean(0)).square().sum()))
+    return found
+
+
+class SequenceFirst(Branching):
+    """Changes to (tokens, samples, features) on the way."""
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x)).transpose(0, 1))
+
+
+class Keeping(nn.Module):
+    """Keeps what it needs later on itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.skip = F.relu(self.a(x))
+        return self.c(F.relu(self.b(self.skip)) + self.skip)
+
+
+ODD = {
+    "sequence first, twice as many tokens as samples": (SequenceFirst, data((8, 4), (4,) * 6)),
+    "sequence first, as many": (SequenceFirst, data((4, 4), (4,) * 6)),
+    "sequence first, one sample": (SequenceFirst, data((2, 4), (1,) * 20)),
+    "tensors kept on the module": (Keeping, data((4,), (16,) * 4)),
+    "memory": (Remembering, with_memory(30)),
+    "positions": (Positions, with_positions(20)),
+    "table": (lambda: Table().requires_grad_(False), data((4,), (30,))),
+}
+
+
+@pytest.mark.parametrize("why", ODD)
+def test_reported_errors_are_true(why):
+    make, batches = ODD[why]
+    model, dense = build(make), build(make)
+    for module, name in pairs(model):
+        prune.random_unstructured(module, name, amount=0.5)
+    params = [(model.a, "weight")] if why == "table" else pairs(model)  # the other one is refused
+    before, fits = set(vars(model)), compensate(model, batches, params)
+    assert set(vars(model)) == before
+    expected = true_errors(model, dense, batches)
+    torch.testing.assert_close([fit.after for fit in fits.values()], expected[: len(params)], rtol=1e-6, atol=1e-12)
+
+
+class Flattening(Branching):
+    def forward(self, x):
+        return self.b(self.a(x).flatten(0, 1))
+
+
+class Pooling(Branching):
+    def forward(self, x):
+        return self.b(self.a(x).mean(1))
+
+
+@pytest.mark.parametrize("make", [SequenceFirst, Flattening])
+def test_padding_does_not_count_wherever_the_tokens_stand(make):
+    keep = torch.arange(5) < torch.arange(1, 6).repeat(4)[:, None]
+    x = data((5, 4), (20,))[0][0]
+    found = []
+    for padding in (0.0, 50.0):
+        model = build(make)
+        for module, name in pairs(model):
+            prune.random_unstructured(module, name, amount=0.5)
+        batches = [(torch.where(keep[..., None], x, padding), None)]
+        compensate(model, batches, pairs(model), sample_mask=lambda batch: keep)
+        found.append(weights(model))
+    close(found[1], found[0])
+
+
+def test_a_pooled_sample_counts_if_any_of_its_tokens_does():
+    keep, found = torch.arange(5) < torch.tensor([0, 1, 3, 5]).repeat(6)[:, None], []
+    x = data((5, 4), (24,))[0][0]
+    for mask in (keep, keep.any(1)):
+        model = build(Pooling)
+        prune.random_unstructured(model.b, "weight", amount=0.5)
+        compensate(model, [(x, None)], [(model.b, "weight")], sample_mask=lambda batch, mask=mask: mask)
+        found.append(weights(model))
+    equal(found[1], found[0])
+
+
+def test_nan_in_samples_that_do_not_count_does_no_harm():
+    keep, x = torch.arange(20) != 3, data((4,), (20,))[0][0]
+    found = []
+    for value in (0.0, float("nan")):
+        model = build(two)
+        for module, name in pairs(model):
+            prune.random_unstructured(module, name, amount=0.5)
+        batches = [(torch.where(keep[:, None], x, value), None)]
+        compensate(model, batches, pairs(model), sample_mask=lambda batch: keep)
+        found.append(weights(model))
+    equal(found[1], found[0])
+
+
+def test_a_weight_beyond_the_range_of_its_dtype_is_not_taken():
+    model = nn.Linear(2, 1).half()
+    model.weight.data.fill_(3e4)
+    t = torch.linspace(-1, 1, 20).half()
+    prune.custom_from_mask(model, "weight", torch.tensor([[1.0, 0.0]]))
+    never_worse(compensate(model, [(torch.stack([0.1 * t, t], 1), None)], [(model, "weight")]))
+    assert torch.isfinite(model.weight).all()
+
+
+def test_random_state_is_kept_if_asked():
+    model, params = pruned("deep mlp")
+    loader = torch.utils.data.DataLoader(data((6,), (1,) * 20), batch_size=None, shuffle=True)
+    state = torch.get_rng_state()
+    compensate(model, loader, params, keep_rng=True)
+    equal(torch.get_rng_state(), state)
+
+
+def test_batches_see_the_context_of_the_caller():
+    here, seen = contextvars.ContextVar("here", default=0), set()
+    here.set(5)
+
+    class Looking(Branching):
+        def forward(self, x):
+            seen.add((here.get(), torch.ones(1).device.type))
+            return self.b(self.a(x))
+
+    model, batches = build(Looking), data((4,), (9, 9))
+    prune.l1_unstructured(model.a, "weight", amount=0.5)
+    with torch.device("meta"):
+        compensate(model, batches, pairs(model))
+    assert seen == {(5, "meta")}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_created_bias_of_a_frozen_layer_is_frozen():
+    model = build(lambda: nn.Linear(6, 4, bias=False)).requires_grad_(False)
+    prune.l1_unstructured(model, "weight", amount=0.5)
+    compensate(model, data((6,)), [(model, "weight")], create_bias=True)
+    assert model.bias is not None
+    assert not model.bias.requires_grad
 
 
 # ----------------------------------------------------------------------------------------------- what a layer may be

@@ -5,6 +5,7 @@ Nothing here changes the model: what a pass has found is returned, and whoever a
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -76,7 +77,7 @@ def fit_layers(
     if options.get("process_group") is not None:
         raise ValueError("process_group= is not supported here: each layer is fitted in one process. Leave it out.")
     raw = taken(loader, options)
-    counted = [None if sample_mask is None else _bool_mask(sample_mask(batch)) for batch in raw]
+    rows = [None if sample_mask is None else _bool_mask(sample_mask(batch)) for batch in raw]
     quiet: Options = {**options, "progress": False}  # the bar counts layers
     with calibrating(model, [(target.module, target.name) for target in targets], quiet) as run:
         layers = [
@@ -101,12 +102,12 @@ def fit_layers(
             best = problem.best_bias(rounded).to(layer.dense.dtype) if layer.bias else None
             before = problem.error(start, bias if layer.bias else None)
             after = problem.error(rounded, None if best is None else best.double())
-            if decide is None:  # rounding to the model's precision may have cost more than was gained
-                worse = after > before
-                rounded = torch.where(worse.unsqueeze(-1), start.to(rounded.dtype), rounded)
-                after = torch.where(worse, before, after)
-                if best is not None:
-                    best = torch.where(worse, bias, best.double()).to(best.dtype)
+            # Rounding to the model's precision may have cost more than was gained, or gone beyond its range.
+            worse = ~(after <= before) if decide is None else ~after.isfinite()
+            rounded = torch.where(worse.unsqueeze(-1), start.to(rounded.dtype), rounded)
+            after = torch.where(worse, before, after)
+            if best is not None:
+                best = torch.where(worse, bias, best.double()).to(best.dtype)
             key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
             fits[key] = Fit(float(before.sum()) / whole, float(after.sum()) / whole)
             masks[key] = layer.shaped(keep)
@@ -114,8 +115,8 @@ def fit_layers(
             tell(bar, 1 - float(keep.mean()), fits[key].after)
             return layer.shaped(rounded), None if best is None else best.reshape(-1)
 
-        walk = Pass(run, layers, solve, counted)
-        walk.over(list(run.batches(raw, "")))
+        walk = Pass(run, layers, solve)
+        walk.over(list(run.batches(raw, "")), rows)
         next(steps, None)
     new = []
     for layer, target in zip(layers, targets, strict=True):
@@ -141,7 +142,8 @@ def taken(loader: Iterable[Any], options: Options) -> list[Any]:
     most = options.get("max_batches")
     if most is not None:
         check_whole("max_batches", most, 1)
-    return list(islice(loader, most))
+    with torch.random.fork_rng() if options.get("keep_rng") else nullcontext():
+        return list(islice(loader, most))
 
 
 def _bool_mask(mask: Tensor) -> Tensor:

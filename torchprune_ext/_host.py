@@ -204,7 +204,7 @@ def rewrite(values: Sequence[tuple[Target, Tensor, Tensor | None]]) -> None:
             if bias is not None and old is not None:
                 old.data = bias
             elif bias is not None:
-                module.bias = nn.Parameter(bias)
+                module.bias = nn.Parameter(bias, requires_grad=target.parameter.requires_grad)
             if f"{name}_mask" in module._buffers:  # its hook may be lost
                 setattr(module, name, module.get_buffer(f"{name}_mask").to(dense.dtype) * target.parameter)
 

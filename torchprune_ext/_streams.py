@@ -5,11 +5,17 @@ thread of its own. The threads take turns: each runs alone until it reaches one 
 one is there, the layer is solved from what all have brought, and the turns go on with the layer's new weights. So a
 model of any structure is treated in sequence in a single pass, as long as its samples do not mix and all batches take
 the same way. What is held at a time is what the batches need between two layers, and the moments of one layer.
+
+A rehearsal with the first batch finds out beforehand where the samples stand in each layer's input, and refuses what
+the pass could only get wrong.
 """
 
+import contextvars
 import math
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +30,8 @@ from torchprune_ext._solvers import Moments, Problem
 
 Solution = tuple[Tensor, Tensor | None]  # the pruned stream's weight and, if it is new, bias, in the module's shapes
 Solve = Callable[["Layer", Problem], Solution]
-ROWS, NUMBERS = 4096, 1 << 18  # summed up in one product, or more: few enough for the precision and for the cache
+SUMMED_ROWS = 4096  # of a least squares in one product: few enough for sums in float32
+SUMMED_NUMBERS = 1 << 18  # or more rows, if their inputs are no more numbers than the cache holds
 
 
 class Cancelled(BaseException):
@@ -39,35 +46,41 @@ class Turns:
         self.error: BaseException | None = None
 
     def run(self, work: Callable[[int], None], device: str) -> None:
-        """Call ``work(number)`` in each thread, with the caller's autocast on ``device``, and wait for all.
+        """Call ``work(number)`` in each thread, in the caller's context with its autocast on ``device``; wait for all.
 
         Raises:
             BaseException: what the first one raised.
         """
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        default = torch.get_default_device()
 
         def one(number: int) -> None:
             self.mine[number].acquire()
             try:
                 if self.error is None:
-                    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, dtype, enabled):
+                    place = nullcontext() if default.type == "cpu" else default
+                    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, dtype, enabled), place:
                         work(number)
             except BaseException as error:
                 self.error = self.error or error
             finally:
                 self._next(number)
 
-        threads = [threading.Thread(target=one, args=(number,), daemon=True) for number in range(len(self.mine))]
-        for thread in threads:
-            thread.start()
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(one, number), daemon=True)
+            for number in range(len(self.mine))
+        ]
         try:
+            for thread in threads:
+                thread.start()
             self.mine[0].release()
             for thread in threads:
                 thread.join()
-        except BaseException as error:  # Ctrl-C
+        except BaseException as error:  # Ctrl-C, or one thread too many
             self.error = error
-            for thread in threads:
-                thread.join()
+            for semaphore in self.mine:
+                semaphore.release()
+            _end(threads)
         if self.error is not None:
             raise self.error
 
@@ -137,6 +150,16 @@ class Layer:
         places = torch.arange(size, device=self.dense.device).view(channels, -1).t()
         return F.pad(places, (0, -channels % multiple), value=size).reshape(-1)
 
+    def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the only argument of a call of the module; another call is refused."""
+        given = [*args, *kwargs.values()]
+        if len(given) != 1 or not isinstance(given[0], Tensor):
+            raise TypeError(
+                f"params holds {self.label}, whose module is called with {len(given)} arguments and not, as Linear is, "
+                "with one tensor. Leave it out."
+            )
+        return given[0]
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return what the module makes of ``x`` with ``weight`` and ``bias``."""
         held = dict(self.module._parameters)
@@ -151,6 +174,11 @@ class Layer:
 
     def check(self, x: Tensor) -> None:
         """Find out whether the weight is ``swapped``; a module that does not multiply as Linear does is refused."""
+        if not self.dense.numel():
+            raise ValueError(f"params holds {self.label}, which has no entries. Leave it out.")
+        for values in (self.dense, *(() if self.bias_now is None else (self.bias_now,))):
+            if not values.isfinite().all():
+                raise ValueError(f"{self.label} or its bias holds NaN or infinity. Repair it, or leave it out.")
         convolution = isinstance(self.module, _ConvNd)
         shape = (1, *x.shape[1:]) if convolution else (4, x.shape[-1])
         probe = torch.linspace(-3, 5, math.prod(shape), device=x.device).sin().to(self.dense.dtype).view(shape)
@@ -203,90 +231,179 @@ class Layer:
 class Pass:
     """One pass over the data that solves ``layers`` one after the other."""
 
-    def __init__(self, run: Run, layers: Sequence[Layer], solve: Solve, masks: Sequence[Tensor | None]) -> None:
-        self.run, self.layers, self.solve, self.masks = run, layers, solve, masks
+    def __init__(self, run: Run, layers: Sequence[Layer], solve: Solve) -> None:
+        self.run, self.layers, self.solve = run, layers, solve
         self.solved: dict[Layer, Solution] = {}
+        self.axes: dict[Layer, int] = {}  # on which the samples stand in each layer's input
+        self.kept: list[tuple[dict[str, Any], str]] = []  # tensors that modules keep while a batch goes through
+        self.thread = threading.local()
         self.at: Layer | None = None
         self.moments = Moments()
-        self.axis = 0
 
-    def over(self, batches: Sequence[Batch]) -> None:
-        """Go through the model with all ``batches``; ``solved`` then holds the new weights of all layers."""
-        self.turns = Turns(len(batches))
-        self.batches = batches
-        self.number = 0
-        for layer in self.layers:
-            layer.module.forward = lambda *args, layer=layer, **kwargs: self._reach(layer, *args, **kwargs)
-        try:
+    def over(self, batches: Sequence[Batch], masks: Sequence[Tensor | None]) -> None:
+        """Go through the model with all ``batches``; ``solved`` then holds the new weights of all layers.
+
+        Args:
+            batches: the data.
+            masks: for each batch which samples, or rows of samples, count: ``(samples, ...)``; None for all.
+        """
+        for batch, mask in zip(batches, masks, strict=True):
+            if mask is not None and mask.shape[:1] != (batch.size,):
+                raise ValueError(
+                    f"sample_mask gave shape {tuple(mask.shape)} for a batch of {batch.size} samples. Let it return "
+                    "one value for each sample, (samples,), or for each token, (samples, tokens)."
+                )
+        self.batches, self.masks, self.turns = batches, masks, Turns(len(batches))
+        with torch.no_grad():
+            self._rehearse(batches[0])
+        with self._instead_of_forward(self._reach):
             self.turns.run(self._whole, self.run.tensors[0].device.type)
+        missed = [layer.label for layer in self.layers if layer not in self.solved]
+        if missed:
+            raise self._other_way()
+
+    @contextmanager
+    def _instead_of_forward(self, stand_in: Callable[..., Tensor]) -> Iterator[None]:
+        """Let ``stand_in(layer, ...)`` be called in place of each layer's forward."""
+        plain = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda function: function
+        for layer in self.layers:
+            layer.module.forward = plain(lambda *args, layer=layer, **kwargs: stand_in(layer, *args, **kwargs))
+        try:
+            yield
         finally:
             for layer in self.layers:
                 vars(layer.module).pop("forward", None)
-        missed = [layer.label for layer in self.layers if layer not in self.solved]
-        if missed:
+
+    # --- the rehearsal
+
+    def _rehearse(self, batch: Batch) -> None:
+        """See what reaches the layers, once with ``batch`` and once with its first sample over and over behind it."""
+        before = [(vars(module), dict(vars(module))) for module in self.run.model.modules()]
+        once = self._seen(batch.inputs)
+        try:
+            twice = self._seen(_joined(batch, lambda t: t[:1].expand_as(t)))
+        except (RuntimeError, IndexError) as error:
             raise ValueError(
-                f"params holds {missed[0]}, whose module is never called, as when its parent reads the weight. "
-                "Leave it out."
-            )
+                f"loader: the model fails on a batch that is given twice over. {_MIXED.format(size=batch.size)}"
+            ) from error
+        for layer in self.layers:
+            if layer not in once:
+                raise ValueError(
+                    f"params holds {layer.label}, whose module is never called, as when its parent reads the weight. "
+                    "Leave it out."
+                )
+            self.axes[layer] = self._sample_axis(layer, batch.size, once[layer], twice.get(layer))
+        for table, old in before:
+            changed = [key for key, value in table.items() if isinstance(value, Tensor) and value is not old.get(key)]
+            self.kept += [(table, key) for key in changed]
+
+    def _seen(self, inputs: Any) -> dict[Layer, tuple[torch.Size, Tensor]]:
+        """Return the shape of each layer's input when the model gets ``inputs``, and a mixture of its last axis."""
+        found: dict[Layer, tuple[torch.Size, Tensor]] = {}
+
+        def look(layer: Layer, *args: Any, **kwargs: Any) -> Tensor:
+            x = layer.input(args, kwargs)
+            if layer in found:
+                raise ValueError(f"{layer.label} is called more than once in a pass. Leave it out.")
+            y: Tensor = layer.original(x)
+            with torch.autocast(x.device.type, enabled=False):
+                layer.check(x)
+                mixed = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+                found[layer] = x.shape, mixed @ torch.ones_like(mixed[(0,) * (x.dim() - 1)]).cumsum(0).sin()
+            return y
+
+        with self._instead_of_forward(look):
+            self.run.output(inputs)
+        return found
+
+    def _sample_axis(
+        self, layer: Layer, size: int, once: tuple[torch.Size, Tensor], twice: tuple[torch.Size, Tensor] | None
+    ) -> int:
+        """Return the axis of a layer's input on which the ``size`` samples stand, or rows of them one after another."""
+        (shape, plain), (longer, other) = once, twice or (torch.Size(), once[1])
+        grown = [axis for axis, pair in enumerate(zip(shape, longer, strict=False)) if pair[0] != pair[1]]
+        if len(shape) == len(longer) and len(grown) == 1 and longer[grown[0]] == 2 * shape[grown[0]]:
+            [axis] = grown
+            last = 0 if isinstance(layer.module, _ConvNd) else len(shape) - 2
+            if axis <= last and shape[axis] % size == 0:
+                first = plain.narrow(axis, 0, shape[axis] // size)
+                expected = torch.cat([plain, *[first] * size], axis)
+                most = float(expected.nan_to_num(0, 0, 0).abs().max())
+                if torch.allclose(other, expected, rtol=1e-2, atol=1e-2 * most, equal_nan=True):
+                    return axis
+        raise ValueError(
+            f"{layer.label} gets an input of shape {tuple(shape)} in which a sample's rows depend on other samples or "
+            f"do not stand together. {_MIXED.format(size=size)} Otherwise leave the layer out."
+        )
+
+    # --- the pass
 
     def _whole(self, number: int) -> None:
-        self.number = number
-        inputs, size = self.batches[number].inputs, self.batches[number].size
-        self.run.output(tree_map(lambda t: torch.cat((t, t)) if t.dim() and len(t) == size else t, inputs))
+        self.thread.number = number
+        self.run.output(_joined(self.batches[number], lambda t: t))
         if number and self.at is not None:
             raise self._other_way()
         self.at = None
 
     def _reach(self, layer: Layer, *args: Any, **kwargs: Any) -> Tensor:
         """Stand in for the layer's forward: bring the samples, wait until it is solved, and go on."""
-        number = self.number
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        number: int = self.thread.number
+        x, axis = layer.input(args, kwargs), self.axes[layer]
         if number == 0:
-            if layer in self.solved:
-                raise ValueError(f"{layer.label} is called more than once in a pass. Leave it out.")
             self.at, self.moments = layer, Moments()
-        elif self.at is not layer:
+        if layer in self.solved or self.at is not layer or x.dim() <= axis or x.shape[axis] % 2:
             raise self._other_way()
-        axis = self._sample_axis(layer, x, 2 * self.batches[number].size)
         dense, pruned = x.chunk(2, axis)
         y = layer.forward(dense, layer.dense, layer.dense_bias)
         with torch.autocast(x.device.type, enabled=False):
-            if number == 0:
-                layer.check(x)
-            self._bring(layer, pruned, y, self.masks[number])
+            self._bring(layer, pruned.detach().movedim(axis, 0), y.detach().movedim(axis, 0), number)
             if number == len(self.batches) - 1:
                 self._finish(layer)
+        held = [table.get(key) for table, key in self.kept]
         self.turns.pause(number)
-        self.number = number
+        for (table, key), value in zip(self.kept, held, strict=True):
+            table[key] = value
         weight, bias = self.solved[layer]
         return torch.cat((y, layer.forward(pruned, weight, layer.bias_now if bias is None else bias)), axis)
 
-    def _sample_axis(self, layer: Layer, x: Tensor, size: int) -> int:
-        """Return the axis of ``x`` on which the ``size`` samples of both streams, or a multiple of them, stand."""
-        found = [axis for axis in range(min(2, x.dim() - 1)) if x.shape[axis] == size]
-        found = found or [0] * (x.dim() > 1 and x.shape[0] % size == 0)
-        if not self.solved:  # both streams are the same still
-            found = [axis for axis in found if _halves_agree(x, axis)]
-            self.axis = found[0] if found else 0
-        if not found:
-            raise ValueError(
-                f"{layer.label} gets an input of shape {tuple(x.shape)}, in which the samples do not stand on one of "
-                "the first two axes as in the batch, or they mix. Leave it out."
-            )
-        return self.axis if self.axis in found else found[0]  # where both would do, as in the first layer
+    def _bring(self, layer: Layer, x: Tensor, y: Tensor, number: int) -> None:
+        """Add the pruned stream's inputs ``x`` and the dense outputs ``y``, samples first, to the moments."""
+        each = layer.outputs(y[:1]).shape[1]  # rows of the least squares for one entry of the first axis
+        keep = self._rows_that_count(layer, number, len(y) * each)
+        step = max(max(SUMMED_ROWS, SUMMED_NUMBERS // layer.dense[0].numel()) // each, 1)
+        for start in range(0, len(x), step):
+            inputs, outputs = layer.inputs(x[start : start + step]), layer.outputs(y[start : start + step])
+            if keep is not None:
+                some = keep[start * each : (start + step) * each]
+                inputs, outputs = inputs[:, some], outputs[:, some]
+            self.moments.add(inputs, outputs)
 
-    def _bring(self, layer: Layer, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-        most = 1 if isinstance(layer.module, _ConvNd) else x.dim() - 1
-        if mask is not None and mask.dim() <= most and x.shape[: mask.dim()] == mask.shape:
-            x, y = x[mask], y[mask]
-        rows = layer.outputs(y[:1]).shape[1]  # of the least squares, for each entry of the first axis
-        step = max(ROWS, NUMBERS // layer.dense[0].numel()) // max(rows, 1)
-        for some, outputs in zip(x.split(max(step, 1)), y.split(max(step, 1)), strict=True):
-            self.moments.add(layer.inputs(some), layer.outputs(outputs))
+    def _rows_that_count(self, layer: Layer, number: int, rows: int) -> Tensor | None:
+        """Return which of a batch's ``rows`` count; None for all."""
+        mask = self.masks[number]
+        if mask is None:
+            return None
+        size = self.batches[number].size
+        mask, each = mask.reshape(size, -1), rows // size
+        if each == 1:
+            mask = mask.any(1)
+        elif mask.shape[1] == 1:
+            mask = mask.expand(-1, each)
+        elif mask.shape[1] != each:
+            raise ValueError(
+                f"sample_mask gave {mask.shape[1]} values for each sample, of which {layer.label} sees {each} rows. "
+                "Let it return one for each sample, or leave the layer out."
+            )
+        return mask.reshape(-1).to(layer.dense.device)
 
     def _finish(self, layer: Layer) -> None:
         if not self.moments.count:
             raise ValueError("sample_mask leaves out every sample. Let it be True where a sample counts.")
+        if not all(total.isfinite().all() for total in self.moments.sums):
+            raise ValueError(
+                f"{layer.label} gets inputs, or gives outputs, that hold NaN or infinity or have squares beyond the "
+                "range of their dtype. Check the data, or leave such samples out by sample_mask=."
+            )
         problem = self.moments.problem(None if layer.bias else layer.bias_rows())
         self.moments = Moments()  # what it held is as large as the problem
         self.solved[layer] = self.solve(layer, problem)
@@ -295,7 +412,23 @@ class Pass:
         return ValueError("loader: batches take different ways through the model. Pass such that call the same layers.")
 
 
-def _halves_agree(x: Tensor, axis: int) -> bool:
-    """Return whether the halves of ``x`` along ``axis`` are the same, to rounding."""
-    first, second = x.chunk(2, axis)
-    return torch.allclose(first, second, rtol=1e-2, atol=1e-2 * float(first.abs().max()))
+_MIXED = (
+    "Samples may not mix, and every tensor of a batch whose first axis is as long as the batch, here {size}, counts as "
+    "one entry per sample. If one is something else, choose another batch size or pass prepare=."
+)
+
+
+def _joined(batch: Batch, other: Callable[[Tensor], Tensor]) -> Any:
+    """Return the inputs of ``batch`` with ``other`` of them behind, as more samples."""
+    return tree_map(lambda t: torch.cat((t, other(t))) if t.dim() and len(t) == batch.size else t, batch.inputs)
+
+
+def _end(threads: Sequence[threading.Thread]) -> None:
+    """Wait for the end of all ``threads`` that were started, however often Ctrl-C is pressed."""
+    while any(thread.is_alive() for thread in threads):
+        try:
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join()
+        except KeyboardInterrupt:
+            continue

@@ -138,8 +138,9 @@ def prune_and_compensate(
         loader: batches.
         params: ``(module, name)`` pairs.
         target_sparsity: fraction of the entries that shall be pruned in the end; or one for each listed tensor, as
-            ``{(module, name): fraction}``, and with a function a threshold for each. By rows at least one entry stays.
-        pattern: instead of it, ``NM(n, m)``.
+            ``{(module, name): fraction}``, and with a function a threshold for each. By rows at least one entry stays,
+            and a row of which more is pruned already stays as it is.
+        pattern: instead of it, ``NM(n, m)``; ``NM(n, m, dim=0)`` for weights of shape (inputs, outputs).
         criterion: see above; a function returns scores ``{(module, name): tensor}``.
         steps: number of rounds; by default 1 for a named criterion, 10 for a function. For ``"admm"`` always 1.
         sample_mask: which samples count.
@@ -189,6 +190,8 @@ def prune_and_compensate(
         budgets = [([key], goal) for key, goal in goals.items()]
         if not isinstance(target_sparsity, Mapping):
             budgets = [(list(goals), target_sparsity)]
+        if not all(goal < 1 for goal in goals.values()):
+            raise ValueError(f"target_sparsity={target_sparsity!r} leaves nothing to re-fit. Pass less than 1.0.")
         rounds = steps or 10
         return _in_rounds(model, loader, targets, budgets, criterion, rounds, sample_mask, create_bias, options)
 
@@ -265,7 +268,7 @@ def sparsegpt(
 
     def decide(layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         if pattern is not None:
-            pattern.axis(layer.dense.shape)
+            pattern.axis(layer.dense.mT.shape if layer.swapped else layer.dense.shape)
         order = layer.input_order(1 if pattern is None else pattern.m)
         real, width = order < weight.shape[-1], BLOCK if pattern is None else pattern.m
         weight, alive, gram = (F.pad(t, (0, 1)) for t in (weight * alive, alive, problem.gram))
@@ -305,6 +308,15 @@ def _targets(model: nn.Module, params: Iterable[Key]) -> list[Target]:
         names = places.get(id(target.parameter), [])
         if not names:
             raise ValueError(f"params[{place}], {target.where}, is no part of the model.")
+        if [each.module for each in found.values()].count(target.module) > 1:
+            raise TypeError(
+                f"params[{place}], {target.where}, is one of several tensors of its module, which therefore does not "
+                "multiply as Linear does. Leave them out."
+            )
+        if target.mask is not None and not ((target.mask == 0) | (target.mask == 1)).all():
+            raise ValueError(
+                f"params[{place}], {target.where}, has a mask with values besides 0 and 1. Prune it by a mask of those."
+            )
         if len(names) > 1:
             raise ValueError(
                 f"params[{place}], {target.where}, is tied: {' and '.join(names)} would have to make up for different "
@@ -339,7 +351,10 @@ def _goals(targets: Sequence[Target], target_sparsity: Sparsity) -> dict[Key, fl
         return dict.fromkeys(keys, target_sparsity)
     for target, key in zip(targets, keys, strict=True):
         if key not in target_sparsity:
-            raise ValueError(f"target_sparsity has no entry for {target.where}. Give one for each tensor of params.")
+            raise ValueError(
+                f"target_sparsity has no entry for {target.where}. Give one for each tensor of params, as "
+                "{(module, name): fraction}."
+            )
         check_fraction(f"target_sparsity[{type(target.module).__name__}, {target.name!r}]", target_sparsity[key])
     if len(target_sparsity) > len(keys):
         raise ValueError(
