@@ -10,12 +10,11 @@ A rehearsal with the first batch finds out beforehand where the samples stand in
 the pass could only get wrong.
 """
 
-import contextvars
 import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,72 +26,16 @@ from torch.nn.modules.conv import _ConvNd
 from torchprune_ext._host import Target
 from torchprune_ext._passes import Batch, Run, tree_map
 from torchprune_ext._solvers import Moments, Problem
+from torchprune_ext._turns import Turns
 
 Solution = tuple[Tensor, Tensor | None]  # the pruned stream's weight and, if it is new, bias, in the module's shapes
 Solve = Callable[["Layer", Problem], Solution]
 SUMMED_ROWS = 4096  # of a least squares in one product: few enough for sums in float32
 SUMMED_NUMBERS = 1 << 18  # or more rows, if their inputs are no more numbers than the cache holds
-
-
-class Cancelled(BaseException):
-    """Ends a thread after another one has failed."""
-
-
-class Turns:
-    """Threads of which one runs at a time, in a fixed order."""
-
-    def __init__(self, number: int) -> None:
-        self.mine = [threading.Semaphore(0) for _ in range(number)]
-        self.error: BaseException | None = None
-
-    def run(self, work: Callable[[int], None], device: str) -> None:
-        """Call ``work(number)`` in each thread, in the caller's context with its autocast on ``device``; wait for all.
-
-        Raises:
-            BaseException: what the first one raised.
-        """
-        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        default = torch.get_default_device()
-
-        def one(number: int) -> None:
-            self.mine[number].acquire()
-            try:
-                if self.error is None:
-                    place = nullcontext() if default.type == "cpu" else default
-                    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, dtype, enabled), place:
-                        work(number)
-            except BaseException as error:
-                self.error = self.error or error
-            finally:
-                self._next(number)
-
-        threads = [
-            threading.Thread(target=contextvars.copy_context().run, args=(one, number), daemon=True)
-            for number in range(len(self.mine))
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            self.mine[0].release()
-            for thread in threads:
-                thread.join()
-        except BaseException as error:  # Ctrl-C, or one thread too many
-            self.error = error
-            for semaphore in self.mine:
-                semaphore.release()
-            _end(threads)
-        if self.error is not None:
-            raise self.error
-
-    def pause(self, number: int) -> None:
-        """Let the others have their turns."""
-        self._next(number)
-        self.mine[number].acquire()
-        if self.error is not None:
-            raise Cancelled
-
-    def _next(self, number: int) -> None:
-        self.mine[(number + 1) % len(self.mine)].release()
+MIXED = (
+    "Samples may not mix, and every tensor of a batch whose first axis is as long as the batch, here {size}, counts as "
+    "one entry per sample. If one is something else, choose another batch size or pass prepare=."
+)
 
 
 @dataclass(eq=False)
@@ -284,7 +227,7 @@ class Pass:
             twice = self._seen(_joined(batch, lambda t: t[:1].expand_as(t)))
         except (RuntimeError, IndexError) as error:
             raise ValueError(
-                f"loader: the model fails on a batch that is given twice over. {_MIXED.format(size=batch.size)}"
+                f"loader: the model fails on a batch that is given twice over. {MIXED.format(size=batch.size)}"
             ) from error
         for layer in self.layers:
             if layer not in once:
@@ -333,7 +276,7 @@ class Pass:
                     return axis
         raise ValueError(
             f"{layer.label} gets an input of shape {tuple(shape)} in which a sample's rows depend on other samples or "
-            f"do not stand together. {_MIXED.format(size=size)} Otherwise leave the layer out."
+            f"do not stand together. {MIXED.format(size=size)} Otherwise leave the layer out."
         )
 
     # --- the pass
@@ -412,23 +355,6 @@ class Pass:
         return ValueError("loader: batches take different ways through the model. Pass such that call the same layers.")
 
 
-_MIXED = (
-    "Samples may not mix, and every tensor of a batch whose first axis is as long as the batch, here {size}, counts as "
-    "one entry per sample. If one is something else, choose another batch size or pass prepare=."
-)
-
-
 def _joined(batch: Batch, other: Callable[[Tensor], Tensor]) -> Any:
     """Return the inputs of ``batch`` with ``other`` of them behind, as more samples."""
     return tree_map(lambda t: torch.cat((t, other(t))) if t.dim() and len(t) == batch.size else t, batch.inputs)
-
-
-def _end(threads: Sequence[threading.Thread]) -> None:
-    """Wait for the end of all ``threads`` that were started, however often Ctrl-C is pressed."""
-    while any(thread.is_alive() for thread in threads):
-        try:
-            for thread in threads:
-                if thread.is_alive():
-                    thread.join()
-        except KeyboardInterrupt:
-            continue
