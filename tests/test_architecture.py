@@ -12,7 +12,7 @@ import torchprune_ext
 PACKAGE = pathlib.Path(torchprune_ext.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
-    "_checks", "patterns", "criteria", "_ranks", "_turns", "selection", "masks", "_solvers", "_host", "_passes",
+    "_checks", "patterns", "criteria", "_ranks", "_coroutines", "selection", "masks", "_solvers", "_host", "_passes",
     "_streams", "_fitting", "calibration", "penalties", "discovery", "scoring", "methods", "functional", "_budget",
     "global_pruning", "lifecycle", "checkpoint", "compensation", "allocation", "schedules", "deploy", "report",
     "plots", "integrations",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 Choose = Callable[[Tensor], Tensor]  # from values (groups, outputs, inputs) to a mask of the largest, 0 and 1
-RIDGE = 1e-2  # of the mean diagonal of the Gram matrix: what held-out data of two networks liked best
+RIDGE = 3e-3  # of the mean diagonal of the Gram matrix
 ROUNDS = 60  # most steps of the conjugate gradients
 TOLERANCE = 3e-4  # of the error: they end where a step gains less
 SPLITTING = 30  # steps of the operator splitting
 PENALTY, GROWTH, EVERY = 0.1, 1.3, 3  # its penalty at first, and by what it grows every so many steps
-ROWS = 1024  # of a weight that are worked on at once, which bounds the memory for what lies in between
+ROWS = 512  # of a weight that are worked on at once, which bounds the memory for what lies in between
 BLOCK = 128  # columns that SparseGPT treats at once, or as many as whole groups allow
 
 
@@ -34,20 +34,28 @@ class Moments:
         x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
         if not self.count:
             self.origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+            groups, inputs, outputs = len(x), x.shape[2], y.shape[2]
+            shapes = [(groups, inputs), (groups, outputs), (groups, inputs, inputs), (groups, outputs, inputs)]
+            self.sums = [x.new_zeros(shape, dtype=torch.float64) for shape in [*shapes, (groups, outputs)]]
         x, y = x - self.origin[0], y - self.origin[1]
-        found = [x.sum(1), y.sum(1), x.mT @ x, y.mT @ x, y.square().sum(1)]
-        if not self.count:
-            self.sums = [torch.zeros_like(each, dtype=torch.float64) for each in found]
-        for total, each in zip(self.sums, found, strict=True):
-            total += each
+        sum_x, sum_y, gram, cross, energy = self.sums
+        sum_x += x.sum(1)
+        sum_y += y.sum(1)
+        for total, left in ((gram, x), (cross, y)):
+            for rows, columns in zip(total.split(ROWS, 1), left.split(ROWS, 2), strict=True):
+                rows += columns.mT @ x
+        energy += y.square().sum(1)
         self.count += x.shape[1]
 
     def problem(self, bias: Tensor | None) -> "Problem":
-        """Return the least squares with the best bias for each weight, or with a fixed ``bias``, (groups, outputs)."""
+        """Return the least squares with the best bias for each weight, or with a fixed ``bias``, (groups, outputs).
+
+        The sums are used up.
+        """
         sum_x, sum_y, gram, cross, energy = self.sums
         mean_x, mean_y = sum_x / self.count, sum_y / self.count
-        gram = torch.baddbmm(gram, mean_x.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=-self.count)
-        cross = torch.baddbmm(cross, mean_y.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=-self.count)
+        gram.baddbmm_(mean_x.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=-self.count)
+        cross.baddbmm_(mean_y.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=-self.count)
         variation = energy = energy - self.count * mean_y.square()
         mean_x, mean_y = mean_x + self.origin[0].squeeze(1), mean_y + self.origin[1].squeeze(1)
         if bias is not None:
@@ -97,9 +105,15 @@ class Problem:
 
     def damped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the Gram matrix and the cross moments, in units of :meth:`size`, the former with ``RIDGE``."""
-        gram = (self.gram / self.size()).to(dtype)
+        gram, cross = (self._scaled(moments, dtype) for moments in (self.gram, self.cross))
         gram.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
-        return gram, (self.cross / self.size()).to(dtype)
+        return gram, cross
+
+    def _scaled(self, moments: Tensor, dtype: torch.dtype) -> Tensor:
+        size, scaled = self.size(), torch.empty_like(moments, dtype=dtype)
+        for rows, values in zip(scaled.split(ROWS, 1), moments.split(ROWS, 1), strict=True):
+            rows.copy_(values / size)
+        return scaled
 
 
 def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """One pass of a model over all its calibration data at once, stopping at each layer, with a dense and a pruned stream.
 
-Every batch is given twice over, first half dense, second half pruned, and every batch goes through the model in a
-thread of its own. The threads take turns: each runs alone until it reaches one of the listed layers, and when the last
-one is there, the layer is solved from what all have brought, and the turns go on with the layer's new weights. So a
-model of any structure is treated in sequence in a single pass, as long as its samples do not mix and all batches take
-the same way. What is held at a time is what the batches need between two layers, and the moments of one layer.
+Every batch is given twice over, first half dense, second half pruned, and goes through the model as a coroutine: one
+after the other runs until it reaches one of the listed layers, and when all are there, the layer is solved from what
+they have brought, and all go on with the layer's new weights. So a model of any structure is treated in sequence in a
+single pass, as long as its samples do not mix and all batches take the same way. What is held at a time is what the
+batches need between two layers, and the moments of one layer.
 
 A rehearsal with the first batch finds out beforehand where the samples stand in each layer's input, and refuses what
 the pass could only get wrong.
@@ -12,10 +12,10 @@ the pass could only get wrong.
 
 import math
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from torchprune_ext._coroutines import Coroutine, hand_out
 from torchprune_ext._host import Target
 from torchprune_ext._passes import Batch, Run, tree_map
 from torchprune_ext._solvers import Moments, Problem
-from torchprune_ext._turns import Turns
 
 Solution = tuple[Tensor, Tensor | None]  # the pruned stream's weight and, if it is new, bias, in the module's shapes
 Solve = Callable[["Layer", Problem], Solution]
@@ -178,10 +178,8 @@ class Pass:
         self.run, self.layers, self.solve = run, layers, solve
         self.solved: dict[Layer, Solution] = {}
         self.axes: dict[Layer, int] = {}  # on which the samples stand in each layer's input
-        self.kept: list[tuple[dict[str, Any], str]] = []  # tensors that modules keep while a batch goes through
-        self.thread = threading.local()
-        self.at: Layer | None = None
-        self.moments = Moments()
+        self.kept: list[tuple[dict[str, Any], str]] = []  # where modules keep tensors while a batch goes through
+        self.held: dict[Coroutine, list[Any]] = {}
 
     def over(self, batches: Sequence[Batch], masks: Sequence[Tensor | None]) -> None:
         """Go through the model with all ``batches``; ``solved`` then holds the new weights of all layers.
@@ -196,14 +194,36 @@ class Pass:
                     f"sample_mask gave shape {tuple(mask.shape)} for a batch of {batch.size} samples. Let it return "
                     "one value for each sample, (samples,), or for each token, (samples, tokens)."
                 )
-        self.batches, self.masks, self.turns = batches, masks, Turns(len(batches))
         with torch.no_grad():
             self._rehearse(batches[0])
-        with self._instead_of_forward(self._reach):
-            self.turns.run(self._whole, self.run.tensors[0].device.type)
-        missed = [layer.label for layer in self.layers if layer not in self.solved]
-        if missed:
+            device = self.run.tensors[0].device.type
+            calls = [Coroutine(partial(self.run.output, _joined(batch, lambda t: t)), device) for batch in batches]
+            try:
+                with self._instead_of_forward(self._reach), torch.autocast(device, enabled=False):
+                    while self._next(calls, batches, masks):
+                        pass
+            finally:
+                for call in calls:
+                    call.close()
+
+    def _next(self, calls: Sequence[Coroutine], batches: Sequence[Batch], masks: Sequence[Tensor | None]) -> bool:
+        """Let all batches go on to the next layer and solve it; return False if they have come to the end instead."""
+        layer, moments = None, Moments()
+        for call, batch, mask in zip(calls, batches, masks, strict=True):
+            with self._keeping(call):
+                stop: tuple[Layer, Tensor, Tensor] | None = call.resume()
+            reached = None if stop is None else stop[0]
+            if call is calls[0]:
+                layer = reached
+            if reached is not layer or layer in self.solved:
+                raise self._other_way()
+            if stop is not None:
+                _bring(moments, *stop, batch, mask)
+        if layer is None and len(self.solved) < len(self.layers):
             raise self._other_way()
+        if layer is not None:
+            self.solved[layer] = self._solution(layer, moments)
+        return layer is not None
 
     @contextmanager
     def _instead_of_forward(self, stand_in: Callable[..., Tensor]) -> Iterator[None]:
@@ -281,75 +301,34 @@ class Pass:
 
     # --- the pass
 
-    def _whole(self, number: int) -> None:
-        self.thread.number = number
-        self.run.output(_joined(self.batches[number], lambda t: t))
-        if number and self.at is not None:
-            raise self._other_way()
-        self.at = None
-
     def _reach(self, layer: Layer, *args: Any, **kwargs: Any) -> Tensor:
-        """Stand in for the layer's forward: bring the samples, wait until it is solved, and go on."""
-        number: int = self.thread.number
+        """Stand in for the layer's forward: hand out what it gets and gives, and go on when it is solved."""
         x, axis = layer.input(args, kwargs), self.axes[layer]
-        if number == 0:
-            self.at, self.moments = layer, Moments()
-        if layer in self.solved or self.at is not layer or x.dim() <= axis or x.shape[axis] % 2:
+        if x.dim() <= axis or x.shape[axis] % 2:
             raise self._other_way()
         dense, pruned = x.chunk(2, axis)
         y = layer.forward(dense, layer.dense, layer.dense_bias)
-        with torch.autocast(x.device.type, enabled=False):
-            self._bring(layer, pruned.detach().movedim(axis, 0), y.detach().movedim(axis, 0), number)
-            if number == len(self.batches) - 1:
-                self._finish(layer)
-        held = [table.get(key) for table, key in self.kept]
-        self.turns.pause(number)
-        for (table, key), value in zip(self.kept, held, strict=True):
-            table[key] = value
+        hand_out((layer, pruned.detach().movedim(axis, 0), y.detach().movedim(axis, 0)))
         weight, bias = self.solved[layer]
         return torch.cat((y, layer.forward(pruned, weight, layer.bias_now if bias is None else bias)), axis)
 
-    def _bring(self, layer: Layer, x: Tensor, y: Tensor, number: int) -> None:
-        """Add the pruned stream's inputs ``x`` and the dense outputs ``y``, samples first, to the moments."""
-        each = layer.outputs(y[:1]).shape[1]  # rows of the least squares for one entry of the first axis
-        keep = self._rows_that_count(layer, number, len(y) * each)
-        step = max(max(SUMMED_ROWS, SUMMED_NUMBERS // layer.dense[0].numel()) // each, 1)
-        for start in range(0, len(x), step):
-            inputs, outputs = layer.inputs(x[start : start + step]), layer.outputs(y[start : start + step])
-            if keep is not None:
-                some = keep[start * each : (start + step) * each]
-                inputs, outputs = inputs[:, some], outputs[:, some]
-            self.moments.add(inputs, outputs)
+    @contextmanager
+    def _keeping(self, call: Coroutine) -> Iterator[None]:
+        """Let modules hold the tensors that they held when ``call`` stopped, and note those of its next stop."""
+        for (table, key), value in zip(self.kept, self.held.get(call, ()), strict=False):
+            table[key] = value
+        yield
+        self.held[call] = [table.get(key) for table, key in self.kept]
 
-    def _rows_that_count(self, layer: Layer, number: int, rows: int) -> Tensor | None:
-        """Return which of a batch's ``rows`` count; None for all."""
-        mask = self.masks[number]
-        if mask is None:
-            return None
-        size = self.batches[number].size
-        mask, each = mask.reshape(size, -1), rows // size
-        if each == 1:
-            mask = mask.any(1)
-        elif mask.shape[1] == 1:
-            mask = mask.expand(-1, each)
-        elif mask.shape[1] != each:
-            raise ValueError(
-                f"sample_mask gave {mask.shape[1]} values for each sample, of which {layer.label} sees {each} rows. "
-                "Let it return one for each sample, or leave the layer out."
-            )
-        return mask.reshape(-1).to(layer.dense.device)
-
-    def _finish(self, layer: Layer) -> None:
-        if not self.moments.count:
+    def _solution(self, layer: Layer, moments: Moments) -> Solution:
+        if not moments.count:
             raise ValueError("sample_mask leaves out every sample. Let it be True where a sample counts.")
-        if not all(total.isfinite().all() for total in self.moments.sums):
+        if not all(total.isfinite().all() for total in moments.sums):
             raise ValueError(
                 f"{layer.label} gets inputs, or gives outputs, that hold NaN or infinity or have squares beyond the "
                 "range of their dtype. Check the data, or leave such samples out by sample_mask=."
             )
-        problem = self.moments.problem(None if layer.bias else layer.bias_rows())
-        self.moments = Moments()  # what it held is as large as the problem
-        self.solved[layer] = self.solve(layer, problem)
+        return self.solve(layer, moments.problem(None if layer.bias else layer.bias_rows()))
 
     def _other_way(self) -> ValueError:
         return ValueError("loader: batches take different ways through the model. Pass such that call the same layers.")
@@ -358,3 +337,31 @@ class Pass:
 def _joined(batch: Batch, other: Callable[[Tensor], Tensor]) -> Any:
     """Return the inputs of ``batch`` with ``other`` of them behind, as more samples."""
     return tree_map(lambda t: torch.cat((t, other(t))) if t.dim() and len(t) == batch.size else t, batch.inputs)
+
+
+def _bring(moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch, mask: Tensor | None) -> None:
+    """Add the pruned stream's inputs ``x`` and the dense outputs ``y``, samples first, to the moments."""
+    each = layer.outputs(y[:1]).shape[1]  # rows of the least squares for one entry of the first axis
+    keep = None if mask is None else _rows_that_count(mask, layer, len(y) * each // batch.size)
+    step = max(max(SUMMED_ROWS, SUMMED_NUMBERS // layer.dense[0].numel()) // each, 1)
+    for start in range(0, len(x), step):
+        inputs, outputs = layer.inputs(x[start : start + step]), layer.outputs(y[start : start + step])
+        if keep is not None:
+            some = keep[start * each : (start + step) * each]
+            inputs, outputs = inputs[:, some], outputs[:, some]
+        moments.add(inputs, outputs)
+
+
+def _rows_that_count(mask: Tensor, layer: Layer, each: int) -> Tensor:
+    """Return which of all rows count, of which there are ``each`` for a sample."""
+    mask = mask.flatten(1) if mask.dim() > 1 else mask.unsqueeze(1)
+    if each == 1:
+        mask = mask.any(1)
+    elif mask.shape[1] == 1:
+        mask = mask.expand(-1, each)
+    elif mask.shape[1] != each:
+        raise ValueError(
+            f"sample_mask gave {mask.shape[1]} values for each sample, of which {layer.label} sees {each} rows. "
+            "Let it return one for each sample, or leave the layer out."
+        )
+    return mask.reshape(-1).to(layer.dense.device)

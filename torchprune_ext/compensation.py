@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from torchprune_ext._budget import Budget, GlobalPruning
-from torchprune_ext._checks import check_fraction, check_module, check_whole
+from torchprune_ext._checks import check_fraction, check_module, check_whole, errors_about
 from torchprune_ext._fitting import (
     Decide,
     Fit,
@@ -271,7 +271,7 @@ def sparsegpt(
             pattern.axis(layer.dense.mT.shape if layer.swapped else layer.dense.shape)
         order = layer.input_order(1 if pattern is None else pattern.m)
         real, width = order < weight.shape[-1], BLOCK if pattern is None else pattern.m
-        weight, alive, gram = (F.pad(t, (0, 1)) for t in (weight * alive, alive, problem.gram))
+        weight, alive, gram = (F.pad(t, (0, 1)) for t in (weight * alive, alive, problem.gram.to(weight.dtype)))
         for group, moments in enumerate(F.pad(gram, (0, 0, 0, 1))):
             left = alive[group][:, order]
 
@@ -391,11 +391,14 @@ def _in_rounds(
                 raise TypeError(
                     f"criterion(model) gave a {type(scores).__name__}. Let it return {{(module, name): scores}}."
                 )
+            for target in targets:
+                if (target.module, target.name) not in scores:
+                    raise ValueError(f"criterion(model) gave no scores for {target.where}. Let it score all of params.")
             for (keys, goal), share in zip(budgets, left, strict=True):
-                kept = share * ((1 - goal) / (share or 1.0)) ** (step / steps)
+                kept = share ** (1 - step / steps) * (1 - goal) ** (step / steps)
                 now = 1 - kept if step < steps else goal
-                own = {key: scores[key] for key in keys if key in scores}
-                global_unstructured(keys, target_sparsity=now, importance_scores=own)
+                with errors_about("criterion(model)"):
+                    global_unstructured(keys, target_sparsity=now, importance_scores={key: scores[key] for key in keys})
             pruned = [Target.of(target.module, target.name) for target in targets]
             quiet: Options = {**options, "progress": False}
             new, fits = fit_layers(model, batches, pruned, dense, None, sample_mask, free, quiet)
