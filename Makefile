@@ -32,6 +32,8 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	@echo "== demo: prune a LeNet on real digits by every method"
 	$(BIN)/python examples/prune_digits.py --out build/demo
+	@echo "== demo: the same network pruned without training, its survivors re-fitted (2 minutes)"
+	$(BIN)/python examples/compensate_mnist.py
 
 test: lint types docs docs-examples unit
 

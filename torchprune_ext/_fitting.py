@@ -104,7 +104,7 @@ def fit_layers(
             after = problem.error(rounded, None if best is None else best.double())
             # Rounding to the model's precision may have cost more than was gained, or gone beyond its range.
             worse = ~(after <= before) if decide is None else ~after.isfinite()
-            rounded = torch.where(worse.unsqueeze(-1), start.to(rounded.dtype), rounded)
+            rounded[worse] = start[worse].to(rounded.dtype)
             after = torch.where(worse, before, after)
             if best is not None:
                 best = torch.where(worse, bias, best.double()).to(best.dtype)

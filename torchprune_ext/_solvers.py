@@ -134,8 +134,9 @@ def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
         *(t.split(ROWS, 1) for t in (found, keep, cross, before / problem.size().squeeze(-1))), strict=True
     ):
         _descend(gram, *part)
-    better = problem.error(found) < before
-    return torch.where(better.unsqueeze(-1), found, weight * keep)
+    worse = ~(problem.error(found) < before)
+    found[worse] = weight[worse] * keep[worse]
+    return found
 
 
 def _descend(gram: Tensor, found: Tensor, keep: Tensor, cross: Tensor, errors: Tensor) -> None:
