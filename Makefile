@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo   prune a LeNet on real digits by every method; pictures go to build/demo"
+	@echo "make demo   prune a LeNet on real digits by every method, with and without re-fitting; pictures in build/demo"
 	@echo "make test   ruff, mypy, documentation and its examples, pytest with doctests"
 	@echo "make docs   build the documentation into build/docs"
 	@echo "make clean  remove what was built; .venv stays (delete it to install afresh)"
