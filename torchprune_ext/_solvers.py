@@ -21,7 +21,7 @@ BLOCK = 128  # columns that SparseGPT treats at once, or as many as whole groups
 
 
 class Moments:
-    """Sums over the samples of a layer's inputs and outputs, in float64, taken about the means of the first batch."""
+    """Sums over the samples of a layer's inputs and outputs, in float64, taken about the means of the first ones."""
 
     def __init__(self) -> None:
         self.count = 0
