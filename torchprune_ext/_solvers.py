@@ -16,7 +16,7 @@ ROUNDS = 60  # most steps of the conjugate gradients
 TOLERANCE = 3e-4  # of the error: they end where a step gains less
 SPLITTING = 30  # steps of the operator splitting
 PENALTY, GROWTH, EVERY = 0.1, 1.3, 3  # its penalty at first, and by what it grows every so many steps
-ROWS = 512  # of a weight that are worked on at once, which bounds the memory for what lies in between
+ROWS = 256  # of a weight that are worked on at once, which bounds the memory for what lies in between
 BLOCK = 128  # columns that SparseGPT treats at once, or as many as whole groups allow
 
 
@@ -191,7 +191,9 @@ def _inverse(gram: Tensor, shift: float) -> Tensor:
     """Return the inverse of ``gram`` with ``shift`` added to its diagonal."""
     shifted = gram.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    factor = torch.linalg.cholesky(shifted)
+    del shifted  # each is as large as the layer
+    return torch.cholesky_inverse(factor)
 
 
 def magnitude_scores(problem: Problem, weight: Tensor) -> Tensor:
