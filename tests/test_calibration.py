@@ -901,7 +901,7 @@ def test_bad_choices_are_refused_by_name(monkeypatch):
         calibration.hessian_diagonal(*args, samples=1.5)
     with pytest.raises(TypeError, match="grasp reads the data twice"):
         calibration.grasp(model, F.cross_entropy, iter(batches), params)
-    monkeypatch.setattr(calibration, "EXACT_LIMIT", 42)
+    monkeypatch.setattr("torchprune_ext.calibration.curvature.EXACT_LIMIT", 42)
     with pytest.raises(ValueError, match="43 weights of 42"):
         CALLS["exact"](*args)
 
@@ -1193,7 +1193,7 @@ def test_any_memory_format(call):
 def test_samples_may_be_taken_in_portions(numbers, monkeypatch):
     model, batches, params = build("residual")
     expected = {name: CALLS[name](model, F.cross_entropy, batches, params) for name in ("taylor", "fisher", "ggn")}
-    monkeypatch.setattr("torchprune_ext._passes.PER_SAMPLE", numbers)
+    monkeypatch.setattr("torchprune_ext._runs.PER_SAMPLE", numbers)
     for name, wanted in expected.items():
         found = CALLS[name](model, F.cross_entropy, batches, params)
         compare(found, params, list(wanted.values()), atol=1e-14)

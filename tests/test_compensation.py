@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import torchprune_ext as tpe
-from torchprune_ext import _solvers
+from torchprune_ext.compensation import solvers
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7)
 equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -264,7 +264,7 @@ def watch(model, layer, batches):
 
 def oracle(name, masks, batches, ridge=None, create_bias=False):
     """Return a plain model that was fitted layer by layer, and the errors before and after."""
-    ridge = _solvers.RIDGE if ridge is None else ridge
+    ridge = solvers.RIDGE if ridge is None else ridge
     dense, model, fits = build(ALL[name][0]).eval(), build(ALL[name][0]).eval(), []
     for layer, mask in zip(names(model), masks, strict=True):
         model.get_submodule(layer).weight.data *= mask
@@ -307,14 +307,14 @@ def same_as_oracle(name, model, batches, fits, **options):
 @pytest.fixture
 def to_the_end(monkeypatch):
     """Let the conjugate gradients run until nothing is gained any more."""
-    monkeypatch.setattr(_solvers, "TOLERANCE", 0.0)
+    monkeypatch.setattr(solvers, "TOLERANCE", 0.0)
 
 
 @single
 def test_early_end_costs_no_more_than_a_percent(name, monkeypatch):
     after = []
-    for tolerance in (_solvers.TOLERANCE, 0.0):
-        monkeypatch.setattr(_solvers, "TOLERANCE", tolerance)
+    for tolerance in (solvers.TOLERANCE, 0.0):
+        monkeypatch.setattr(solvers, "TOLERANCE", tolerance)
         model, params = pruned(name)
         after.append(compensate(model, data(ALL[name][1]), params)[params[0]].after)
     assert after[0] <= 1.01 * after[1] + 1e-9
@@ -324,7 +324,7 @@ def test_early_end_costs_no_more_than_a_percent(name, monkeypatch):
 @pytest.mark.parametrize("ridge", [1e-3, 1e-12])
 @pytest.mark.usefixtures("to_the_end")
 def test_a_layer_gets_what_least_squares_gives(name, ridge, monkeypatch):
-    monkeypatch.setattr(_solvers, "RIDGE", ridge)
+    monkeypatch.setattr(solvers, "RIDGE", ridge)
     model, params = pruned(name)
     batches = data(ALL[name][1])
     fits = compensate(model, batches, params)
@@ -378,7 +378,7 @@ def test_a_pruned_bias_stays_and_the_weights_are_fitted_to_it():
     for out in range(3):  # the dense model has the values under all masks, as undo would restore them
         start = dense.weight[out].detach() * model.weight_mask[out]
         fixed = (bias * model.bias_mask)[out]
-        found, _ = best_row(x, y[:, out], start, model.weight_mask[out] != 0, fixed, _solvers.RIDGE)
+        found, _ = best_row(x, y[:, out], start, model.weight_mask[out] != 0, fixed, solvers.RIDGE)
         close(model.weight[out].detach(), found)
 
 
@@ -1706,7 +1706,7 @@ def test_sparsegpt_keeps_the_dead_dead():
 
 def problem(seed=0, groups=2, inputs=20, outputs=3, samples=50, fixed=False):
     torch.manual_seed(seed)
-    moments = _solvers.Moments()
+    moments = solvers.Moments()
     x = torch.randn(groups, samples, 6) @ torch.randn(groups, 6, inputs) + 0.3 * torch.randn(groups, samples, inputs)
     x, weight = x.double(), torch.randn(groups, outputs, inputs).double()
     y = x @ weight.mT + 1
@@ -1737,10 +1737,10 @@ def test_more_rounds_never_raise_the_objective(fixed, monkeypatch):
         size = found.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
         values, errors = [], []
         for rounds in range(21):
-            monkeypatch.setattr(_solvers, "ROUNDS", rounds)
-            fitted = _solvers.refit(found, weight, keep)
+            monkeypatch.setattr(solvers, "ROUNDS", rounds)
+            fitted = solvers.refit(found, weight, keep)
             assert not fitted[keep == 0].any()
-            pull = _solvers.RIDGE * size * (fitted - weight * keep).square().sum(-1)
+            pull = solvers.RIDGE * size * (fitted - weight * keep).square().sum(-1)
             errors.append(found.error(fitted))
             values.append(errors[-1] + pull)
         values, errors = torch.stack(values), torch.stack(errors)
@@ -1758,18 +1758,18 @@ def test_splitting_returns_a_mask_that_choose_gave():
             given_masks.append(torch.zeros_like(scores).scatter(-1, scores.abs().topk(7, -1).indices, 1.0))
             return given_masks[-1]
 
-        mask = _solvers.split(found, weight, choose)
+        mask = solvers.split(found, weight, choose)
         assert any(mask is each or torch.equal(mask, each) for each in given_masks)
         assert set(mask.sum(-1).flatten().tolist()) == {7.0}
         by_size = torch.zeros_like(weight).scatter(-1, weight.abs().topk(7, -1).indices, 1.0)
-        ours, theirs = (found.error(_solvers.refit(found, weight, m)).sum() for m in (mask, by_size))
+        ours, theirs = (found.error(solvers.refit(found, weight, m)).sum() for m in (mask, by_size))
         assert float(ours) <= float(theirs)
 
 
 def test_obs_scores_are_what_deletion_costs(monkeypatch):
-    monkeypatch.setattr(_solvers, "RIDGE", 1e-9)
+    monkeypatch.setattr(solvers, "RIDGE", 1e-9)
     found, weight, x, y, _ = problem(inputs=8, samples=60)
-    scores = _solvers.obs_scores(found, weight)
+    scores = solvers.obs_scores(found, weight)
     size = found.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     for group in range(2):
         for j in range(8):

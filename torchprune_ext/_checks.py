@@ -33,7 +33,7 @@ def errors_about(where: str) -> Iterator[None]:
 def warn(message: str) -> None:
     """Warn at the line outside of this package that led here."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and Path(frame.f_code.co_filename).parent == Path(__file__).parent:
+    while frame.f_back is not None and Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
 

@@ -1,27 +1,18 @@
-"""Survivors that make up for the dead: re-fit a pruned network, layer by layer, without training it.
-
-Each layer is fitted by least squares to the outputs that the dense model has there, on the inputs that the pruned and
-already fitted model gives it. One pass over the data treats all layers in sequence; it needs no targets. Masks are
-ordinary masks of the host, of any method, and what is computed goes into ``weight_orig`` and the bias.
-
-The model runs in eval mode on every batch twice over (dense and pruned side by side), so its samples must not mix.
-Beside one layer's moments, inputs x inputs in float64, the activations of all batches between two layers are held:
-pass as much data as fits, e.g. with ``max_batches``.
-"""
+"""Prune and re-fit a whole model: the masks given, or chosen layer by layer."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from torchprune_ext._budget import Budget, GlobalPruning
 from torchprune_ext._checks import check_fraction, check_module, check_whole, errors_about
-from torchprune_ext._fitting import (
+from torchprune_ext._host import Target, all_or_nothing, install, rewrite, targets_of
+from torchprune_ext._layers import Layer
+from torchprune_ext._runs import Key, Options, with_progress
+from torchprune_ext.compensation.fitting import (
     Decide,
-    Fit,
     Fits,
     SampleMask,
     dense_values,
@@ -30,24 +21,19 @@ from torchprune_ext._fitting import (
     taken,
     tell,
 )
-from torchprune_ext._host import Target, all_or_nothing, install, rewrite, targets_of
-from torchprune_ext._passes import Key, Options, with_progress
-from torchprune_ext._solvers import (
-    BLOCK,
+from torchprune_ext.compensation.solvers import (
     Problem,
     magnitude_scores,
     obs_scores,
-    prune_columns,
     refit,
     split,
     wanda_scores,
 )
-from torchprune_ext._streams import Layer
 from torchprune_ext.global_pruning import global_unstructured
+from torchprune_ext.global_pruning.budget import Budget
 from torchprune_ext.masks import nm_mask
+from torchprune_ext.methods import GlobalPruning
 from torchprune_ext.patterns import NM
-
-__all__ = ["Fit", "Fits", "compensate", "prune_and_compensate", "sparsegpt"]
 
 Criterion = Callable[[nn.Module], Mapping[Key, Tensor]]
 Sparsity = float | Mapping[Key, float]
@@ -100,7 +86,7 @@ def compensate(
         >>> fit.before > 0.05, fit.after < 0.01, bool(layer.weight_orig[0, 0] > 2.9)
         (True, True, True)
     """
-    targets = _targets(model, params)
+    targets = fitting_targets(model, params)
     free = free_biases(model, targets, create_bias)
     new, fits = fit_layers(model, loader, targets, dense_values(targets), None, sample_mask, free, options)
     rewrite([(fitted.target, fitted.weight, fitted.bias) for fitted in new])
@@ -182,7 +168,7 @@ def prune_and_compensate(
         raise TypeError(f"pattern={pattern!r} is a {type(pattern).__name__}. Pass e.g. NM(2, 4).")
     if steps is not None:
         check_whole("steps", steps, 1)
-    targets = _targets(model, params)
+    targets = fitting_targets(model, params)
     goals = {} if target_sparsity is None else _goals(targets, target_sparsity)
     if callable(criterion):
         if target_sparsity is None:
@@ -211,91 +197,10 @@ def prune_and_compensate(
         return GlobalPruning("prune_and_compensate", **asked, criterion=criterion, steps=steps or 1)
 
     free = free_biases(model, targets, create_bias)
-    return _prune(model, loader, targets, decide, call, sample_mask, free, options)
+    return prune_and_fit(model, loader, targets, decide, call, sample_mask, free, options)
 
 
-def sparsegpt(
-    model: nn.Module,
-    loader: Iterable[Any],
-    params: Iterable[Key],
-    *,
-    amount: float | None = None,
-    n: int | None = None,
-    m: int | None = None,
-    pad: bool = False,
-    sample_mask: SampleMask | None = None,
-    **options: Unpack[Options],
-) -> Fits:
-    """Prune as SparseGPT does: column by column, each error made up for by the columns behind it; the baseline.
-
-    As in the paper, biases stay, and weights of inputs that are always 0 become 0.
-
-    Args:
-        model: as for :func:`compensate`, and so are ``loader`` and ``params``.
-        loader: batches.
-        params: ``(module, name)`` pairs.
-        amount: fraction of the entries of every 128 columns of each weight that goes.
-        n: instead of it, keep ``n`` of ``m`` consecutive input features or channels.
-        m: group length (count); must divide the number of input features or channels unless ``pad`` is set.
-        pad: let a short last group count as filled up with zeros.
-        sample_mask: which samples count.
-        **options: see :class:`.Options`, without ``process_group``.
-
-    Returns:
-        The error of each layer before and after, as :class:`Fit`.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: as :func:`compensate`, or an argument out of range. Nothing is changed then.
-
-    Source: Frantar & Alistarh 2023, *SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot*,
-    arXiv:2301.00774.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> import torchprune_ext as tpe
-        >>> layer = nn.Linear(8, 4)
-        >>> fits = tpe.sparsegpt(layer, [(torch.randn(64, 8), None)], [(layer, "weight")], n=2, m=4, progress=False)
-        >>> int(layer.weight_mask.sum())
-        16
-    """
-    if (amount is None) == (n is None) or (n is None) != (m is None):
-        raise TypeError(f"amount={amount!r}, n={n!r}, m={m!r}: pass either amount, or n and m.")
-    pattern = None if n is None or m is None else NM(n, m, dim=1, pad=pad)
-    if amount is not None:
-        check_fraction("amount", amount)
-
-    def decide(layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-        if pattern is not None:
-            pattern.axis(layer.dense.mT.shape if layer.swapped else layer.dense.shape)
-        order = layer.input_order(1 if pattern is None else pattern.m)
-        real, width = order < weight.shape[-1], BLOCK if pattern is None else pattern.m
-        weight, alive, gram = (F.pad(t, (0, 1)) for t in (weight * alive, alive, problem.gram.to(weight.dtype)))
-        for group, moments in enumerate(F.pad(gram, (0, 0, 0, 1))):
-            left = alive[group][:, order]
-
-            def choose(scores: Tensor, start: int, left: Tensor = left) -> Tensor:
-                there = left[:, start : start + scores.shape[1]]
-                if pattern is not None:
-                    return nm_mask(scores, pattern, there)
-                keep = scores.numel() - round((amount or 0.0) * scores.numel())
-                flat = scores.reshape(1, -1), there.reshape(1, -1)
-                return nm_mask(flat[0], NM(keep, scores.numel()), flat[1]).view_as(scores) if keep else there * 0
-
-            found, mask = prune_columns(moments[order][:, order], weight[group][:, order], width, choose)
-            weight[group][:, order[real]], alive[group][:, order[real]] = found[:, real], mask[:, real]
-        return weight[..., :-1], alive[..., :-1]
-
-    asked = {"amount": amount} if pattern is None else {"n": n, "m": m, "pad": pad}
-    targets = _targets(model, params)
-    biases_stay = [False] * len(targets)
-    return _prune(
-        model, loader, targets, decide, lambda _: GlobalPruning("sparsegpt", **asked), sample_mask, biases_stay, options
-    )
-
-
-def _targets(model: nn.Module, params: Iterable[Key]) -> list[Target]:
+def fitting_targets(model: nn.Module, params: Iterable[Key]) -> list[Target]:
     """Find the listed tensors; those that several modules share are refused."""
     check_module("model", model)
     places: dict[int, list[str]] = {}
@@ -325,7 +230,7 @@ def _targets(model: nn.Module, params: Iterable[Key]) -> list[Target]:
     return list(found.values())
 
 
-def _prune(
+def prune_and_fit(
     model: nn.Module,
     loader: Iterable[Any],
     targets: Sequence[Target],

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from torchprune_ext._checks import check_whole
 from torchprune_ext._host import Target
-from torchprune_ext._passes import Key, Options, calibrating, wide, with_progress
-from torchprune_ext._solvers import Problem, refit
-from torchprune_ext._streams import Layer, Pass, Solution
+from torchprune_ext._layers import Layer
+from torchprune_ext._runs import Key, Options, calibrating, wide, with_progress
+from torchprune_ext.compensation.solvers import Problem, refit
+from torchprune_ext.compensation.streams import Pass, Solution
 from torchprune_ext.masks import finish
 
 SampleMask = Callable[[Any], Tensor]

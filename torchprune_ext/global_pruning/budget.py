@@ -15,7 +15,6 @@ from torchprune_ext._checks import (
     check_amount,
     check_finite,
     check_fraction,
-    check_order,
     check_scores,
     errors_about,
     resolve_amount,
@@ -23,39 +22,13 @@ from torchprune_ext._checks import (
 )
 from torchprune_ext._host import Target, all_or_nothing, install, targets_of
 from torchprune_ext._ranks import Ranks
-from torchprune_ext.masks import entry_mask, unit_mask, unit_scores
-from torchprune_ext.methods import Method
-from torchprune_ext.patterns import Channel, Kernel, Vector
-from torchprune_ext.selection import ALONE, CHUNK, Cut, Scores, kept, select_with_floors
+from torchprune_ext.masks import entry_mask
+from torchprune_ext.methods import GlobalPruning
+from torchprune_ext.selection import ALONE, CHUNK, Cut, Scores, select_with_floors
 
 Params = Iterable[tuple[nn.Module, str]]
 PerParameter = Mapping[tuple[nn.Module, str], Tensor]
 Normalize = Literal["mean", "max", "sum"]
-
-
-class GlobalPruning(Method):
-    """History entry of a global call: its name and arguments, e.g. ``global_unstructured(amount=0.8, min_keep=1)``.
-
-    The mask came from a budget over many tensors, so one tensor alone cannot repeat it: driven by the host, this
-    method keeps the mask that is there.
-
-    Args:
-        call: name of the function.
-        **arguments: its arguments, without tensors.
-    """
-
-    PRUNING_TYPE = "global"
-
-    def __init__(self, call: str, **arguments: Any) -> None:
-        self.call, self.arguments = call, arguments
-
-    def __repr__(self) -> str:
-        """Return the call."""
-        return f"{self.call}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
-
-    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
-        """Return ``default_mask``."""
-        return torch.ones_like(t) if default_mask is None else default_mask.clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +90,11 @@ class Listed:
 
     @property
     def where(self) -> str:
+        """The tensor in words, for errors."""
         return f"{self.place}, {self.target.where}"
 
     def everywhere(self) -> tuple[Target, ...]:
+        """Return the tensor at all of its places."""
         return (self.target, *self.aliases)
 
 
@@ -223,55 +198,8 @@ def install_all(call: str, budget: Budget, masks: Sequence[tuple[Listed, Target,
 
 
 def spread_entries(target: Target, part: Scores, cut: Cut) -> Iterator[tuple[Target, Tensor]]:
+    """Yield ``target`` and the mask of its entries above ``cut``."""
     yield target, entry_mask(part, cut, target.parameter)
-
-
-def prune_units(
-    call: str,
-    params: Params,
-    budget: Budget,
-    unit: Callable[..., Vector | Kernel | Channel],
-    n: float,
-    importance_scores: PerParameter | None,
-    normalize: str | None,
-    process_group: Any,
-    **arguments: Any,
-) -> None:
-    """Prune units of one kind, ``unit(**arguments)``, by their normalized norms."""
-    with Ranks(process_group).together():
-        pattern = unit(**arguments)
-        check_order(n)
-        if normalize not in (None, "mean", "max", "sum"):
-            raise ValueError(f"normalize={normalize!r} is unknown. Pass 'mean', 'max', 'sum' or None.")
-
-    def score(target: Target) -> Scores:
-        scores = weights_or_scores(importance_scores, target)
-        part = unit_scores(scores, pattern, n, target.mask)
-        [norms] = part.inputs
-        norms = _normalized(norms, normalize, n, scores.numel() // max(len(norms), 1))
-        check_finite(f"the norm of order n={n!r}, normalized by {normalize!r}", norms)
-        return replace(part, inputs=(norms,))
-
-    def spread(target: Target, part: Scores, cut: Cut) -> Iterator[tuple[Target, Tensor]]:
-        yield target, unit_mask(kept(part, cut), pattern, target.parameter, target.mask)
-
-    prune(call, params, budget, pattern.units, score, spread, process_group, n=n, **arguments, normalize=normalize)
-
-
-def _normalized(norms: Tensor, normalize: str | None, n: float, entries: int) -> Tensor:
-    """Return ``norms`` of units of ``entries`` entries each, made comparable across tensors."""
-    if normalize is None or not norms.numel() or not entries:
-        return norms
-    if normalize == "mean":
-        try:
-            return norms / (entries if n == 0 else entries ** (1 / n))
-        except OverflowError:
-            raise ValueError(
-                f"n={n!r} is too small an order to average over units of {entries} entries. "
-                "Pass a larger n, or another normalize=."
-            ) from None
-    scale = norms.max() if normalize == "max" else norms.sum()
-    return norms / scale if scale > 0 else norms
 
 
 def weights_or_scores(importance_scores: PerParameter | None, target: Target) -> Tensor:
@@ -283,6 +211,7 @@ def weights_or_scores(importance_scores: PerParameter | None, target: Target) ->
 
 
 def scores_for(importance_scores: PerParameter, target: Target) -> Tensor:
+    """Return the caller's checked scores of ``target``, on its device."""
     scores = listed_for("importance_scores", importance_scores, target)
     check_scores("importance_scores", scores, target.parameter.shape)
     return scores.detach().to(target.parameter.device)

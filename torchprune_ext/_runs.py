@@ -21,6 +21,7 @@ from torchprune_ext._ranks import Ranks
 PER_SAMPLE = 1 << 24  # most numbers in the gradients of the samples that are computed at once
 Key = tuple[nn.Module, str]
 LossFn = Callable[[Any, Any], Tensor]
+Statistics = dict[Key, Tensor]
 
 
 class Options(TypedDict, total=False):
@@ -318,3 +319,9 @@ def with_progress(loader: Iterable[Any], what: str, most: int | None, progress: 
         loader, desc=what, total=most if total is None else min(total, most or total), leave=False
     )
     return bar
+
+
+def add(sums: list[Tensor], values: Iterable[Tensor], weight: float = 1) -> None:
+    """Add ``values``, times ``weight``, to ``sums``."""
+    for total, value in zip(sums, values, strict=True):
+        total.add_(value.detach(), alpha=weight)

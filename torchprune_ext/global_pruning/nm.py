@@ -1,0 +1,131 @@
+"""One budget over many tensors that is spent by choosing how many of each group to keep."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from torchprune_ext._checks import check_whole, errors_about
+from torchprune_ext.global_pruning.budget import (
+    Budget,
+    Params,
+    PerParameter,
+    groups_of,
+    install_all,
+    refuse_empty,
+    weights_or_scores,
+)
+from torchprune_ext.masks import Profile, finish, nm_mask, nm_profile
+from torchprune_ext.patterns import NM
+
+
+def global_nm_structured(
+    params: Params,
+    m: int,
+    amount: float | None = None,
+    *,
+    choices: Iterable[int] | None = None,
+    dim: int = 1,
+    pad: bool = False,
+    importance_scores: PerParameter | None = None,
+    target_sparsity: float | None = None,
+    min_keep: int = 1,
+) -> None:
+    r"""Choose for each tensor how many of ``m`` to keep, so that the whole list keeps the largest total score.
+
+    Keeping one more entry per group gains the next largest score of each group and costs one entry per group. Within
+    a tensor the gain per entry falls with ``n`` (where earlier pruning or ``choices`` break this, several steps are
+    taken as one), so taking the best step of all tensors again and again keeps the largest possible total for the
+    number of entries reached. Only the last steps, which have to fit into what is left of the budget, may lose
+    something: at most the gain of one step.
+
+    Args:
+        params: ``(module, name)`` pairs, any iterable; see :func:`.prunable_parameters`.
+        m: group length (count).
+        amount: fraction (float) or number (int) of the entries of the list not yet pruned that shall go at least;
+            exceeded by less than the groups of one tensor times the size of a step, where steps do not fit.
+        choices: values of ``n`` to choose from, by default all; those below ``min_keep`` do not count.
+        dim: axis that the groups run along, see :class:`.NMStructured`.
+        pad: let a short last group count as filled up with zeros.
+        importance_scores: scores of every listed tensor, keyed by its pair; by default :math:`|w|`.
+        target_sparsity: instead of ``amount``, the sparsity of the list in the end.
+        min_keep: least ``n`` of any tensor; 0 lets tensors be emptied, with a warning.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: as :func:`global_unstructured`, ``m`` does not divide an axis, a choice is not between 0 and ``m``,
+            or the smallest choice keeps more than asked for. Nothing is pruned then.
+
+    Example:
+        >>> from torch import nn
+        >>> small, large = nn.Linear(8, 8), nn.Linear(8, 8)
+        >>> _ = small.weight.data.uniform_(0.1, 0.2), large.weight.data.uniform_(0.8, 0.9)
+        >>> global_nm_structured([(small, "weight"), (large, "weight")], m=4, amount=0.5)
+        >>> [int(layer.weight_mask[0, :4].sum()) for layer in (small, large)]
+        [1, 3]
+    """
+    budget = Budget(amount, target_sparsity, min_keep)
+    budget.check()
+    NM(1, m, dim, pad)
+    check_whole("min_keep", min_keep, 0)
+    if choices is not None and (isinstance(choices, str) or not isinstance(choices, Iterable)):
+        raise TypeError(f"choices={choices!r} is a {type(choices).__name__}. Pass the values of n to choose from.")
+    choices = list(range(m + 1) if choices is None else choices)
+    for n in choices:
+        check_whole(f"choices={choices!r}, of which n", n, 0)
+    ns = sorted({int(n) for n in choices if n >= min_keep})
+    if not ns or ns[-1] > m:
+        raise ValueError(f"choices={choices!r}, min_keep={min_keep!r} must leave an n with {min_keep} <= n <= m={m}.")
+    groups = groups_of(params)
+    refuse_empty(groups)
+    scores, profiles = [], []
+    for listed in groups:
+        with errors_about(listed.where):
+            scores.append(weights_or_scores(importance_scores, listed.target))
+            profiles.append(nm_profile(scores[-1], NM(1, m, dim, pad), listed.target.mask))
+    alive = sum(profile.entries[m] for profile in profiles)
+    keep = alive - budget.count(alive, sum(listed.target.parameter.numel() for listed in groups), "entries")
+    least = sum(profile.entries[ns[0]] for profile in profiles)
+    if least > keep:
+        raise ValueError(
+            f"{budget.asked()} leaves {keep} entries, but {ns[0]} of {m} everywhere keep {least}. "
+            "Ask for less, or allow a smaller n by choices= or min_keep=."
+        )
+    masks = []
+    for listed, score, n in zip(groups, scores, _best_ns(profiles, ns, keep), strict=True):
+        like = listed.target.parameter
+        if n:
+            mask = finish(nm_mask(score, NM(n, m, dim, pad), listed.target.mask), like)
+        else:
+            mask = torch.zeros_like(like, requires_grad=False)
+        masks += [(listed, target, mask, {"n": n, "m": m, "dim": dim}) for target in listed.everywhere()]
+    install_all("global_nm_structured", budget, masks)
+
+
+def _best_ns(profiles: Sequence[Profile], ns: Sequence[int], keep: int) -> list[int]:
+    """Return the ``n`` of each tensor, from ``ns``, for the largest total score with at most ``keep`` entries."""
+    chosen = [ns[0]] * len(profiles)
+    left = keep - sum(profile.entries[ns[0]] for profile in profiles)
+    steps = [(-gain, place, n) for place, profile in enumerate(profiles) for gain, n in _steps(profile, ns)]
+    for _, place, n in sorted(steps):  # gains per entry fall within a tensor, so its steps come in order
+        cost = profiles[place].entries[n] - profiles[place].entries[chosen[place]]
+        if cost <= left:
+            chosen[place] = n
+            left -= cost
+    return chosen
+
+
+def _steps(profile: Profile, ns: Sequence[int]) -> list[tuple[float, int]]:
+    """Return the steps ``(gain per entry, n after it)`` of one tensor: its upper concave envelope over ``ns``."""
+    hull: list[tuple[float, int]] = []
+    for n in ns[1:]:
+        while True:
+            start = hull[-1][1] if hull else ns[0]
+            cost = profile.entries[n] - profile.entries[start]
+            if not cost:
+                break  # nothing is left to keep more of
+            gain = (profile.total[n] - profile.total[start]) / cost
+            if not hull or gain <= hull[-1][0]:
+                hull.append((gain, n))
+                break
+            hull.pop()  # the step before was worse: take both as one
+    return hull
