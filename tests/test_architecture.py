@@ -16,6 +16,8 @@ ORDER = [
     "_ranks",
     "criteria",
     "patterns",
+    "schedules",
+    "_fingerprints",
     "selection",
     "masks",
     "_host",
@@ -41,9 +43,11 @@ ORDER = [
     "compensation.coroutines",
     "compensation.solvers",
     "compensation.streams",
+    "compensation.reference",
     "compensation.fitting",
     "compensation.calls",
     "compensation.baseline",
+    "compensation.rounds",
     "plots",
 ]  # the map of CONTRIBUTING.md, from the ground up; a package's __init__ stands behind its last module
 HEAVY = ["matplotlib", "torchvision", "sklearn", "numpy.testing", "hypothesis", "tqdm", "torch._dynamo"]

@@ -165,7 +165,7 @@ def test_error_never_rises_in_any_precision(name, dtype):
     calls = [
         lambda model: compensate(model, batches, pairs(model)),
         lambda model: prune_and_compensate(model, batches, pairs(model), target_sparsity=0.7),
-        lambda model: sparsegpt(model, batches, pairs(model), amount=0.7),
+        lambda model: sparsegpt(model, batches, pairs(model), target_sparsity=0.7),
     ]
     for number, call in enumerate(calls):
         model, params = pruned(name, 0.5, dtype=dtype, how=prune.l1_unstructured)

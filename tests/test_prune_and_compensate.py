@@ -20,6 +20,7 @@ from compensating import (
     never_worse,
     pairs,
     prune_and_compensate,
+    prune_in_rounds,
     pruned,
     same_as_oracle,
     spoilt,
@@ -36,12 +37,17 @@ pytestmark = MARKS
 NAMED = ["admm", "obs", "wanda", "magnitude"]
 
 
+def by(criterion, steps):
+    """Return the arguments of a criterion in so many steps, which the splitting does not have."""
+    return {"criterion": criterion} | ({"steps": steps} if criterion != "admm" else {})
+
+
 @pytest.mark.parametrize("criterion", NAMED)
 @pytest.mark.parametrize("name", ["linear", "(in, out)", "grouped", "deep mlp", "deep conv"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_rows_keep_the_same_number(criterion, name, steps):
     model = build(ALL[name][0])
-    options = {"target_sparsity": 0.6, "criterion": criterion, "steps": steps}
+    options = {"target_sparsity": 0.6, **by(criterion, steps)}
     fits = prune_and_compensate(model, data(ALL[name][1], (40, 8)), pairs(model), **options)
     for module, _ in pairs(model):
         keep = matrix(module, module.weight_mask)
@@ -66,11 +72,18 @@ def test_groups_keep_n_of_m(criterion, steps, kind):
         "grouped": (lambda: nn.Conv2d(8, 4, 2, groups=2), (8, 4, 4), 1),
     }[kind]
     model = build(make)
-    options = {"pattern": tpe.NM(2, 4, dim=dim), "criterion": criterion, "steps": steps}
+    options = {"pattern": tpe.NM(2, 4, dim=dim), **by(criterion, steps)}
     fits = prune_and_compensate(model, data(shape), [(model, "weight")], **options)
     mask = model.weight_mask.movedim(dim, -1)
     assert set(mask.unflatten(-1, (-1, 4)).sum(-1).flatten().tolist()) == {2.0}
     never_worse(fits)
+
+
+def by_rows_or_rounds(model, batches, params, criterion, **options):
+    """Prune by a named criterion, or in rounds by a function."""
+    if callable(criterion):
+        return prune_in_rounds(model, batches, params, criterion, **options)
+    return prune_and_compensate(model, batches, params, criterion=criterion, **options)
 
 
 @pytest.mark.parametrize("criterion", [*NAMED, magnitude])
@@ -81,7 +94,7 @@ def test_the_dead_stay_dead(criterion, name):
         masks = [module.weight_mask.clone() for module, _ in params]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            prune_and_compensate(model, data(ALL[name][1], (30,)), params, target_sparsity=0.5, criterion=criterion)
+            by_rows_or_rounds(model, data(ALL[name][1], (30,)), params, criterion, target_sparsity=0.5)
         assert all(bool((m.weight_mask <= mask).all()) for (m, _), mask in zip(params, masks, strict=True))
         assert all(isinstance(history(m), prune.PruningContainer) for m, _ in params)
 
@@ -90,7 +103,7 @@ def test_rounds_refuse_what_is_pruned_further_already():
     model, params = pruned("deep mlp", 0.9)
     before = Snapshot(model)
     with pytest.raises(ValueError, match=r"target_sparsity=0\.5"):
-        prune_and_compensate(model, data((6,)), params, target_sparsity=0.5, criterion=magnitude)
+        prune_in_rounds(model, data((6,)), params, magnitude, target_sparsity=0.5)
     assert not before.differences()
 
 
@@ -163,9 +176,8 @@ def test_rounds_prune_exactly_so_many(steps, sparsity, before):
         )
         return magnitude(model)
 
-    fits = prune_and_compensate(
-        model, data((6,), (30, 9)), params, target_sparsity=sparsity, criterion=criterion, steps=steps
-    )
+    options = {} if steps is None else {"steps": steps}
+    fits = prune_in_rounds(model, data((6,), (30, 9)), params, criterion, target_sparsity=sparsity, **options)
     total = sum(module.weight_mask.numel() for module, _ in params)
     assert sum(int((module.weight_mask == 0).sum()) for module, _ in params) == round(sparsity * total)
     assert len(calls) == (steps or 10)
@@ -185,8 +197,8 @@ def test_the_dense_model_stays_the_reference_in_all_rounds(name, create_bias):
     dense = build(ALL[name][0]).eval()
     for steps in (1, 8):
         model = build(ALL[name][0])
-        options = {"target_sparsity": 0.6, "criterion": magnitude, "steps": steps, "create_bias": create_bias}
-        prune_and_compensate(model, batches, pairs(model), **options)
+        options = {"target_sparsity": 0.6, "steps": steps, "create_bias": create_bias}
+        prune_in_rounds(model, batches, pairs(model), magnitude, **options)
         model.eval()
         error[steps] = sum(float((model(x) - dense(x)).detach().square().sum()) for x, _ in batches)
     assert error[8] <= 1.5 * error[1], error
@@ -197,8 +209,8 @@ def test_the_last_round_is_fitted_to_the_outputs_of_the_first_model(create_bias)
     make = lambda: nn.Linear(8, 4, bias=not create_bias)  # noqa: E731
     model, batches = build(make), data((8,), (60,))
     y = model(batches[0][0]).detach()
-    options = {"target_sparsity": 0.6, "criterion": magnitude, "steps": 6, "create_bias": create_bias}
-    fit = prune_and_compensate(model, batches, [(model, "weight")], **options)[model, "weight"]
+    options = {"target_sparsity": 0.6, "steps": 6, "create_bias": create_bias}
+    fit = prune_in_rounds(model, batches, [(model, "weight")], magnitude, **options)[model, "weight"]
     error = (model(batches[0][0]).detach() - y).square().sum() / (y - y.mean(0)).square().sum()
     assert fit.after == pytest.approx(float(error), rel=1e-9)
     x, best = batches[0][0], []
@@ -220,9 +232,7 @@ def test_rounds_with_a_threshold_for_each_tensor(steps):
         calls.append([float((getattr(m, "weight_mask", m.weight) == 0).double().mean()) for m, _ in pairs(model)])
         return magnitude(model)
 
-    prune_and_compensate(
-        model, data((6,), (30,)), pairs(model), target_sparsity=goals, criterion=criterion, steps=steps
-    )
+    prune_in_rounds(model, data((6,), (30,)), pairs(model), criterion, target_sparsity=goals, steps=steps)
     for (module, _), goal in goals.items():
         assert int((module.weight_mask == 0).sum()) == round(goal * module.weight.numel())
     if steps > 1:
@@ -252,7 +262,7 @@ def test_a_sparsity_for_each_tensor_must_be_one_for_each(criterion):
     ):
         before = Snapshot(model)
         with pytest.raises((ValueError, TypeError), match=error):
-            prune_and_compensate(model, data((6,), (30,)), params, target_sparsity=goals, criterion=criterion)
+            by_rows_or_rounds(model, data((6,), (30,)), params, criterion, target_sparsity=goals)
         assert not before.differences()
 
 
@@ -260,7 +270,7 @@ def test_rounds_with_nothing_left():
     model, params = pruned("deep mlp", 1.0)
     before = weights(model)
     try:
-        prune_and_compensate(model, data((6,)), params, target_sparsity=1.0, criterion=magnitude, steps=3)
+        prune_in_rounds(model, data((6,)), params, magnitude, target_sparsity=1.0, steps=3)
     except ValueError:
         return
     equal([w for w, _ in weights(model)], [w for w, _ in before])

@@ -20,6 +20,8 @@ from compensating import (
 from torch import nn
 from torch.nn.utils import prune
 
+import torchprune_ext as tpe
+
 pytestmark = MARKS
 
 
@@ -52,13 +54,13 @@ def two_of_four(scores):
 
 @pytest.mark.parametrize("inputs", [12, 140])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("options", [{"amount": 0.5}, {"n": 2, "m": 4}], ids=str)
+@pytest.mark.parametrize("options", [{"target_sparsity": 0.5}, {"pattern": tpe.NM(2, 4)}], ids=str)
 def test_sparsegpt_is_what_the_paper_says(inputs, bias, options):
     model = build(lambda: nn.Linear(inputs, 5, bias=bias))
     dense, batches = build(lambda: nn.Linear(inputs, 5, bias=bias)), data((inputs,), (100, 100))
     x = torch.cat([x for x, _ in batches])
     y = dense(x).detach()
-    width, choose = (128, half) if "amount" in options else (4, two_of_four)
+    width, choose = (128, half) if "target_sparsity" in options else (4, two_of_four)
     weight, mask = plain_sparsegpt(x, dense.weight.detach(), width, choose)
     fits = sparsegpt(model, batches, [(model, "weight")], **options)
     equal(model.weight_mask, mask)
@@ -75,14 +77,14 @@ def test_sparsegpt_is_what_the_paper_says(inputs, bias, options):
 @pytest.mark.parametrize(("n", "m"), [(1, 3), (2, 5), (100, 150)])
 def test_sparsegpt_with_groups_that_do_not_divide_its_blocks(n, m):
     model = build(lambda: nn.Linear(300, 4))
-    sparsegpt(model, data((300,), (400,)), [(model, "weight")], n=n, m=m)
+    sparsegpt(model, data((300,), (400,)), [(model, "weight")], pattern=tpe.NM(n, m))
     assert torch.equal(model.weight_mask.view(4, -1, m).sum(-1), torch.full((4, 300 // m), float(n)).double())
 
 
 def test_sparsegpt_lets_go_of_dead_inputs_first():
     model, batches = build(lambda: nn.Linear(8, 4)), data((8,), (50,))
     batches[0][0][:, ::2] = 0
-    sparsegpt(model, batches, [(model, "weight")], amount=0.5)
+    sparsegpt(model, batches, [(model, "weight")], target_sparsity=0.5)
     assert model.weight_mask[0].tolist() == [0, 1] * 4
 
 
@@ -91,7 +93,7 @@ def test_sparsegpt_on_convolutions(groups):
     make = lambda: nn.Conv2d(8, 4, 3, groups=groups, padding=1)  # noqa: E731
     dense, batches = build(make), data((8, 5, 5), (12, 10))
     model = build(make)
-    sparsegpt(model, batches, [(model, "weight")], n=2, m=4)
+    sparsegpt(model, batches, [(model, "weight")], pattern=tpe.NM(2, 4))
     assert set(model.weight_mask.unflatten(1, (-1, 4)).sum(2).flatten().tolist()) == {2.0}
     x = columns(dense, torch.cat([x for x, _ in batches]))
     order = torch.arange(x.shape[-1]).view(8 // groups, 9).t().flatten()  # channels of one place side by side
@@ -107,8 +109,8 @@ def test_sparsegpt_fills_up_short_groups(groups):
     make = lambda: nn.Conv2d(6 * groups, 4, 3, groups=groups, padding=1)  # noqa: E731
     dense, model, batches = build(make), build(make), data((6 * groups, 5, 5), (12, 10))
     with pytest.raises(ValueError, match="pad=True"):
-        sparsegpt(model, batches, [(model, "weight")], n=2, m=4)
-    sparsegpt(model, batches, [(model, "weight")], n=2, m=4, pad=True)
+        sparsegpt(model, batches, [(model, "weight")], pattern=tpe.NM(2, 4))
+    sparsegpt(model, batches, [(model, "weight")], pattern=tpe.NM(2, 4, pad=True))
     assert set(model.weight_mask[:, :4].sum(1).flatten().tolist()) == {2.0}
     assert set(model.weight_mask[:, 4:].sum(1).flatten().tolist()) == {2.0}
     x = columns(dense, torch.cat([x for x, _ in batches]))
@@ -126,7 +128,7 @@ def test_sparsegpt_fills_up_short_groups(groups):
 @pytest.mark.parametrize("how", SPOILT)
 def test_sparsegpt_counts_and_stays_finite(amount, how):
     model = build(mlp)
-    sparsegpt(model, spoilt(data((6,), (17, 9)), how), pairs(model), amount=amount)
+    sparsegpt(model, spoilt(data((6,), (17, 9)), how), pairs(model), target_sparsity=amount)
     for module, _ in pairs(model):
         total = module.weight.numel()
         assert int((module.weight_mask == 0).sum()) == round(amount * total)
@@ -134,7 +136,7 @@ def test_sparsegpt_counts_and_stays_finite(amount, how):
 
 
 def test_sparsegpt_keeps_the_dead_dead():
-    for options in ({"amount": 0.5}, {"n": 2, "m": 4}):
+    for options in ({"target_sparsity": 0.5}, {"pattern": tpe.NM(2, 4)}):
         model = build(lambda: nn.Linear(8, 4))
         prune.random_unstructured(model, "weight", amount=0.3)
         mask, orig = model.weight_mask.clone(), model.weight_orig.detach().clone()

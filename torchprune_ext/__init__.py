@@ -1,7 +1,15 @@
 """Pruning methods that ``torch.nn.utils.prune`` does not have, in its own calls, hooks, buffers and containers."""
 
-from torchprune_ext import calibration, criteria, masks, patterns, selection
-from torchprune_ext.compensation import Fit, compensate, prune_and_compensate, sparsegpt
+from torchprune_ext import calibration, criteria, masks, patterns, schedules, selection
+from torchprune_ext.compensation import (
+    DenseValues,
+    Fit,
+    compensate,
+    dense_values,
+    prune_and_compensate,
+    prune_in_rounds,
+    sparsegpt,
+)
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
     bn_scaling,
@@ -43,6 +51,7 @@ __all__ = [
     "NM",
     "BNScaling",
     "Channel",
+    "DenseValues",
     "EveryOther",
     "Fit",
     "GradientMagnitude",
@@ -59,6 +68,7 @@ __all__ = [
     "calibration",
     "compensate",
     "criteria",
+    "dense_values",
     "every_other",
     "global_bn_scaling",
     "global_gradient_magnitude",
@@ -76,9 +86,11 @@ __all__ = [
     "patterns",
     "prunable_parameters",
     "prune_and_compensate",
+    "prune_in_rounds",
     "pruned_parameters",
     "remove",
     "remove_all",
+    "schedules",
     "selection",
     "sparsegpt",
     "threshold",

@@ -26,7 +26,7 @@ class Method(BasePruningMethod):
 
     def __repr__(self) -> str:
         """Return the call that made this, e.g. ``KernelLn(amount=0.3, n=2)``."""
-        arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if key != "_tensor_name")
+        arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
         return f"{type(self).__name__}({arguments})"
 
     @classmethod
