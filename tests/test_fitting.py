@@ -202,3 +202,21 @@ def test_unlisted_layers_stay():
     after = weights(model)
     equal([after[0], after[2]], [before[0], before[2]])
     assert not torch.equal(after[1][0], before[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rounding_that_costs_more_than_the_fit_gains_is_not_taken(dtype, bias):
+    # What is pruned is next to nothing, so the fit gains less than rounding its new values to the dtype costs.
+    torch.manual_seed(0)
+    model = nn.Linear(32, 16, bias=bias).to(dtype)
+    model.weight.data[:, ::4] *= 1e-4
+    mask = torch.ones(16, 32, dtype=dtype)
+    mask[:, ::4] = 0
+    before = weights(model)
+    prune.custom_from_mask(model, "weight", mask)
+    fit = compensate(model, data((32,), (200,), dtype=dtype), [(model, "weight")])[model, "weight"]
+    assert fit.after <= fit.before
+    old, new = (w.detach().float() for w in (before[0][0], model.weight_orig))
+    kept = (old == new).all(1)
+    assert kept.any()  # rows that rounding would have made worse

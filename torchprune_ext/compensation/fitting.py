@@ -107,11 +107,14 @@ class Task:
         free = _free_biases(model, targets, create_bias) if biases else frozenset()
         return cls(model, targets, free, reference, dense is not None, _taken(loader, options), options)
 
-    def fit(self, decide: Decide | None = None, *, progress: bool | None = None) -> tuple[list[Fitted], Fits]:
+    def fit(
+        self, decide: Decide | None = None, *, keep_better: bool = True, progress: bool | None = None
+    ) -> tuple[list[Fitted], Fits]:
         """Fit all layers in sequence and return what to install; changes nothing.
 
         Args:
             decide: from a layer, its problem, its weights and mask to new ones; None to re-fit what the mask leaves.
+            keep_better: let no row get worse than it is with what was pruned merely zeroed.
             progress: show a bar over the layers; by default as the options say.
         """
         fits: Fits = {}
@@ -138,7 +141,7 @@ class Task:
                     found, keep = refit(problem, weight, alive), alive
                 else:
                     found, keep = decide(layer, problem, weight, alive)
-                new, bias, before, after = _rounded(layer, problem, weight * keep, found, free, keep_better=not decide)
+                new, bias, before, after = _rounded(layer, problem, weight * keep, found, free, keep_better)
                 key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
                 fits[key] = Fit(float(before.sum()) / whole, float(after.sum()) / whole, problem.count)
                 masks[key] = layer.shaped(keep)
@@ -192,7 +195,7 @@ class Task:
 
 
 def _rounded(
-    layer: Layer, problem: Problem, start: Tensor, found: Tensor, free: bool, *, keep_better: bool
+    layer: Layer, problem: Problem, start: Tensor, found: Tensor, free: bool, keep_better: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return weights and bias in the layer's dtype, and the errors of each row before and after.
 
@@ -202,7 +205,7 @@ def _rounded(
         start: weights that are merely masked.
         found: new weights.
         free: whether the bias is fitted.
-        keep_better: take a row only if it is better than it was, and not merely finite.
+        keep_better: take a row only if it is no worse than ``start``, and not merely finite.
     """
     bias, dtype = layer.bias_rows(), layer.weight.dtype
     rounded = found.to(dtype)
