@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -131,6 +132,21 @@ assert native == now
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_what_is_imported_is_declared():
+    declared = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8").split("[tool.")[0]
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.partition(".")[0])
+    found -= {*sys.stdlib_module_names, "torchprune_ext", "mpl_toolkits"}  # the last comes with matplotlib
+    assert found > {"torch"}
+    for name in found:
+        assert re.search(f'"{name.replace("_", "-")}[><=]', declared), f"{name} is imported and not declared"
 
 
 def test_type_information_ships():

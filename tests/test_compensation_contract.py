@@ -457,6 +457,15 @@ class Interrupts(Branching):
         return self.b(x)
 
 
+@pytest.fixture
+def ctrl_c_is_heard():
+    """A job that is started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_twice_leaves_no_trace():
     model = build(Interrupts)
     prune.l1_unstructured(model.a, "weight", amount=0.5)
