@@ -319,7 +319,7 @@ def _check_same(before: dict[str, _Weight], after: dict[str, _Weight]) -> None:
     if parts[0] != parts[1]:
         raise ValueError(
             f"model and after have different parameters: only model has {sorted(parts[0] - parts[1])}, only after has "
-            f"{sorted(parts[1] - parts[0])}. Pass two copies of one network, e.g. copy.deepcopy(model) from before."
+            f"{sorted(parts[1] - parts[0])}. Pass a network and its copy.deepcopy from before pruning."
         )
 
 
