@@ -124,7 +124,7 @@ def test_a_matrix_of_one_kind_keeps_its_colour():
 
 
 def test_values_are_written_into_their_cells_but_not_into_masks():
-    ax = mask_image(torch.tensor([[0.5, 0.0], [-1.25, 300.0]]), ax=one_ax())
+    ax = mask_image(torch.tensor([[0.5, -0.0], [-1.25, 300.0]]), ax=one_ax())
     written = {text.get_position(): text.get_text() for text in ax.texts}
     assert written == {(0, 0): "0.5", (1, 0): "0", (0, 1): "-1.2", (1, 1): "3e+02"}
     assert not mask_image(torch.tensor([[1.0, 0.0]]), ax=one_ax()).texts
@@ -271,6 +271,14 @@ def test_two_rounds_stand_below_each_other(state):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["before", "after"]
     assert labels_of(density_bars(after, model, ax=one_ax())) == list(rows)
     assert labels_of(density_bars(after, after, ax=one_ax())) == list(expected(after))  # vectors pruned in both
+
+
+def test_notes_of_large_layers_fit_into_the_axes():
+    ax = density_bars(nn.Linear(4096, 1024))
+    ax.figure.canvas.draw()
+    (note,) = ax.texts
+    assert note.get_text() == "100.0 % (4,194,304 of 4,194,304)"
+    assert note.get_window_extent().x1 <= ax.get_window_extent().x1
 
 
 def test_models_that_do_not_match_are_refused_by_what_differs():

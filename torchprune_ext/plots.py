@@ -247,8 +247,10 @@ def density_bars(model: nn.Module, after: nn.Module | None = None, ax: Axes | No
         ax.bar_label(bars, notes, padding=4, fontsize="small", color=LINE)
     ax.set_yticks(range(len(labels)), labels=labels)
     ax.invert_yaxis()
-    ax.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel="density (%)")
+    longest = max(len(text.get_text()) for text in ax.texts)
+    ax.set(xlim=(0, 100 / (1 - 0.0125 * longest)), xticks=range(0, 101, 20), xlabel="density (%)")  # room for the notes
     ax.spines[["top", "right"]].set_visible(False)
+    ax.spines["bottom"].set_bounds(0, 100)
     if len(rounds) > 1:
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return ax
@@ -347,7 +349,8 @@ def _new_axes(pyplot: ModuleType, count: int) -> list[Axes]:
 def _write_values(ax: Axes, values: Tensor) -> None:
     """Write each value into its cell, unless the cells are too small to read it."""
     rows, columns = values.shape
-    texts = [[f"{value:.2g}" for value in row] for row in values.tolist()]
+    # a pruned negative value is -0.0
+    texts = [[f"{value or 0.0:.2g}" for value in row] for row in values.tolist()]
     extent = ax.get_window_extent()
     cell = 72 / ax.figure.dpi * min(extent.width / columns, extent.height / rows)  # points; cells are square
     size = min(11.0, cell / 0.7 / max(len(text) for row in texts for text in row))  # a digit is about 0.6 em wide
