@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from digits import LabelledImages, LeNet, accuracy, load_mnist, load_sklearn_digits, progress
-from prune_digits import CHAPTER_AMOUNTS, dense_network
+from digits import LabelledImages, load_mnist, load_sklearn_digits
+from lenet import CHAPTER_AMOUNTS, LeNet, accuracy, dense_network, progress
 from torch import Tensor, nn
 
 import torchprune_ext as tpe
