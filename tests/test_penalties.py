@@ -62,3 +62,11 @@ def test_bn_l1_penalty_refuses():
     for strength in (-1, math.nan):
         with pytest.raises(ValueError, match="strength="):
             tpe.bn_l1_penalty(nn.BatchNorm1d(2), strength)
+    with pytest.raises(ValueError, match="strength=inf must be finite"):
+        tpe.bn_l1_penalty(nn.BatchNorm1d(2), math.inf)
+    for strength in ("0.1", None, True):
+        with pytest.raises(TypeError, match=rf"strength={strength!r} is a {type(strength).__name__}\. Pass a number"):
+            tpe.bn_l1_penalty(nn.BatchNorm1d(2), strength)
+    for model in (None, nn.BatchNorm1d):
+        with pytest.raises(TypeError, match=r"model=.*Pass a torch\.nn\.Module"):
+            tpe.bn_l1_penalty(model)
