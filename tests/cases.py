@@ -305,7 +305,7 @@ CASES = (
         tpe.NMStructured,
         "global",
         good={"n": 1, "m": 2},
-        repr="NMStructured(n=1, m=2, dim=1, pad=False)",
+        repr="NMStructured(n=1, m=2, dim=1, pad=False, groups=1)",
         bad=(
             Bad({"n": 0}, ValueError, r"n=0\b"),
             Bad({"n": -1}, ValueError, r"n=-1\b"),

@@ -22,6 +22,7 @@ ORDER = [
     "selection",
     "masks",
     "_host",
+    "_reduction",
     "_layers",
     "_runs",
     "_scoring",

@@ -19,12 +19,14 @@ def nm_structured(
     name: str,
     n: int,
     m: int,
-    dim: int = 1,
+    dim: int | None = None,
     *,
     pad: bool = False,
     importance_scores: Tensor | None = None,
 ) -> nn.Module:
     """Keep the ``n`` largest of every ``m`` consecutive entries along ``dim``; see :class:`.NMStructured`.
+
+    By default groups run along the axis that the layer's product sums over.
 
     Example:
         >>> import torch

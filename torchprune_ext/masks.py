@@ -229,12 +229,12 @@ def _flat(like: Tensor) -> Tensor:
 
 
 def _rows(scores: Tensor, pattern: NM, default_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return ``scores`` and ``default_mask`` as matrices whose rows lie along the axis of ``pattern``."""
+    """Return ``scores`` and ``default_mask`` as matrices whose rows, one a part, lie along the axis of ``pattern``."""
     axis = pattern.axis(scores.shape)
 
     def matrix(tensor: Tensor) -> Tensor:
         moved = tensor.detach().movedim(axis, -1)
-        return moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
+        return moved.reshape(math.prod(moved.shape[:-1]) * pattern.groups, moved.shape[-1] // pattern.groups)
 
     return matrix(scores), None if default_mask is None else matrix(default_mask)
 

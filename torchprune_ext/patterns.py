@@ -1,7 +1,7 @@
 """What one prunable unit is, independent of how units are scored: frozen values that check themselves."""
 
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,24 +29,35 @@ class NM:
     Args:
         n: entries kept per group (count, ``0 < n <= m``).
         m: group length (count).
-        dim: axis that the groups run along; 1 is the reduction axis of ``Linear`` and ``Conv2d``, as hardware wants.
+        dim: axis that the groups run along. None stands for the reduction axis, the one that the layer's product sums
+            over, as hardware wants: calls that know the layer fill it in by :meth:`along`, and where nothing but a
+            tensor is known it is axis 1, as in ``Linear`` and ``Conv2d``.
         pad: let a short last group count as filled up with zeros; otherwise ``m`` must divide the size of ``dim``.
+        groups: number of equal parts of ``dim``, across whose borders no group of ``m`` reaches: the groups of a
+            transposed convolution, whose outputs each sum over one part of axis 0. 1 for everything else.
 
     Raises:
-        TypeError: ``n``, ``m`` or ``dim`` is no int.
-        ValueError: not ``0 < n <= m``.
+        TypeError: ``n``, ``m``, ``dim`` or ``groups`` is not an int.
+        ValueError: not ``0 < n <= m``, or ``groups`` is less than 1.
+
+    Example:
+        >>> NM(2, 4).along(0)
+        NM(n=2, m=4, dim=0, pad=False, groups=1)
     """
 
     n: int
     m: int
-    dim: int = 1
+    dim: int | None = None
     pad: bool = False
+    groups: int = 1
 
     def __post_init__(self) -> None:
         """Check the values."""
         check_whole("n", self.n, 1)
         check_whole("m", self.m, 1)
-        _check_dim(self.dim)
+        check_whole("groups", self.groups, 1)
+        if self.dim is not None:
+            _check_dim(self.dim)
         if not isinstance(self.pad, bool):
             raise TypeError(f"pad={self.pad!r} is a {type(self.pad).__name__}. Pass True or False.")
         if self.n > self.m:
@@ -55,18 +66,30 @@ class NM:
                 f"Swap them for {self.m}:{self.n}, or pass e.g. n=2, m=4."
             )
 
+    def along(self, axis: int, groups: int = 1) -> "NM":
+        """Return this pattern with ``dim=axis`` and ``groups`` if its ``dim`` is None; else as it is."""
+        return replace(self, dim=axis, groups=groups) if self.dim is None else self
+
     def axis(self, shape: torch.Size) -> int:
         """Return the axis that the groups run along in ``shape``, counted from the front.
 
         Raises:
-            ValueError: ``dim`` is no axis of ``shape``, or ``m`` does not divide its size and ``pad`` is off.
+            ValueError: ``dim`` is not an axis of ``shape``, ``groups`` do not divide its size, or ``m`` does not
+                divide that of a part and ``pad`` is off.
         """
-        axis = _axis(self.dim, shape)
-        size = shape[axis]
+        dim = 1 if self.dim is None else self.dim
+        axis = _axis(dim, shape)
+        size, rest = divmod(shape[axis], self.groups)
+        if rest:
+            raise ValueError(
+                f"groups={self.groups} do not divide the {shape[axis]} entries of axis {axis} in shape "
+                f"{tuple(shape)}. Pass the groups of the transposed convolution, or groups=1."
+            )
         if size % self.m and not self.pad:
             divisors = [d for d in range(1, size + 1) if size % d == 0]
+            part = f" in each of {self.groups} groups" if self.groups > 1 else ""
             raise ValueError(
-                f"m={self.m} does not divide the {size} entries of dim={self.dim} in shape {tuple(shape)}. "
+                f"m={self.m} does not divide the {size} entries of dim={dim}{part} in shape {tuple(shape)}. "
                 f"Choose m from {divisors}, or pass pad=True to let the short last group count as filled with zeros."
             )
         return axis

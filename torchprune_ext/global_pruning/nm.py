@@ -1,12 +1,15 @@
 """One budget over many tensors that is spent by choosing how many of each group to keep."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from torchprune_ext._checks import check_whole, errors_about
+from torchprune_ext._reduction import reduction_axis
 from torchprune_ext.global_pruning.budget import (
     Budget,
+    Listed,
     Params,
     PerParameter,
     groups_of,
@@ -24,7 +27,7 @@ def global_nm_structured(
     amount: float | None = None,
     *,
     choices: Iterable[int] | None = None,
-    dim: int = 1,
+    dim: int | None = None,
     pad: bool = False,
     importance_scores: PerParameter | None = None,
     target_sparsity: float | None = None,
@@ -44,7 +47,8 @@ def global_nm_structured(
         amount: fraction (float) or number (int) of the entries of the list not yet pruned that shall go at least;
             exceeded by less than the groups of one tensor times the size of a step, where steps do not fit.
         choices: values of ``n`` to choose from, by default all; those below ``min_keep`` do not count.
-        dim: axis that the groups run along, see :class:`.NMStructured`.
+        dim: axis that the groups run along, by default that of each tensor that its layer sums over; see
+            :class:`.NMStructured`.
         pad: let a short last group count as filled up with zeros.
         importance_scores: scores of every listed tensor, keyed by its pair; by default :math:`|w|`.
         target_sparsity: instead of ``amount``, the sparsity of the list in the end.
@@ -77,11 +81,12 @@ def global_nm_structured(
         raise ValueError(f"choices={choices!r}, min_keep={min_keep!r} must leave an n with {min_keep} <= n <= m={m}.")
     groups = groups_of(params)
     refuse_empty(groups)
-    scores, profiles = [], []
+    scores, patterns, profiles = [], [], []
     for listed in groups:
         with errors_about(listed.where):
             scores.append(weights_or_scores(importance_scores, listed.target))
-            profiles.append(nm_profile(scores[-1], NM(1, m, dim, pad), listed.target.mask))
+            patterns.append(_along_inputs(NM(1, m, dim, pad), listed))
+            profiles.append(nm_profile(scores[-1], patterns[-1], listed.target.mask))
     alive = sum(profile.entries[m] for profile in profiles)
     keep = alive - budget.count(alive, sum(listed.target.parameter.numel() for listed in groups), "entries")
     least = sum(profile.entries[ns[0]] for profile in profiles)
@@ -91,14 +96,27 @@ def global_nm_structured(
             "Ask for less, or allow a smaller n by choices= or min_keep=."
         )
     masks = []
-    for listed, score, n in zip(groups, scores, _best_ns(profiles, ns, keep), strict=True):
+    for listed, score, pattern, n in zip(groups, scores, patterns, _best_ns(profiles, ns, keep), strict=True):
         like = listed.target.parameter
         if n:
-            mask = finish(nm_mask(score, NM(n, m, dim, pad), listed.target.mask), like)
+            mask = finish(nm_mask(score, replace(pattern, n=n), listed.target.mask), like)
         else:
             mask = torch.zeros_like(like, requires_grad=False)
-        masks += [(listed, target, mask, {"n": n, "m": m, "dim": dim}) for target in listed.everywhere()]
+        masks += [(listed, target, mask, {"n": n, "m": m, "dim": pattern.dim}) for target in listed.everywhere()]
     install_all("global_nm_structured", budget, masks)
+
+
+def _along_inputs(pattern: NM, listed: Listed) -> NM:
+    """Return ``pattern`` along the reduction axis of the tensor, where it names none itself."""
+    if pattern.dim is not None:
+        return pattern
+    axes = {reduction_axis(target) for target in listed.everywhere()}
+    if len(axes) > 1:
+        raise ValueError(
+            "dim=None stands for the axis that the layer's product sums over, but the tensor is tied, and its layers "
+            "sum over different ones. Pass dim= for all, or leave the tensor out."
+        )
+    return pattern.along(*axes.pop())
 
 
 def _best_ns(profiles: Sequence[Profile], ns: Sequence[int], keep: int) -> list[int]:

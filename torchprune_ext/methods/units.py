@@ -14,6 +14,7 @@ from torchprune_ext._checks import (
     resolve_amount,
 )
 from torchprune_ext._host import Target, install
+from torchprune_ext._reduction import reduction_axis
 from torchprune_ext._scoring import bn_masks, bn_scores
 from torchprune_ext.masks import (
     nm_mask,
@@ -31,9 +32,13 @@ class NMStructured(Method):
     Args:
         n: entries kept per group (count, ``0 < n <= m``); the sparsity is ``1 - n/m`` (fraction of the tensor).
         m: group length (count); must divide the size of ``dim`` unless ``pad`` is set.
-        dim: axis that the groups run along; 1 is the reduction axis of ``Linear`` and ``Conv2d``, which is what
-            hardware for 2:4 sparsity reads.
+        dim: axis that the groups run along. None is the reduction axis, the one that the layer's product sums over:
+            1 of ``Linear`` and of convolutions, 0 of transposed ones. A layer of a type that torch does not have is
+            tried out, as Hugging Face's ``Conv1D``, which keeps (inputs, outputs) and has axis 0. The history tells
+            which it was. A class that the host drives knows no layer, and takes None for 1.
         pad: let a short last group count as filled up with zeros.
+        groups: groups of a transposed convolution that is pruned along axis 0, else 1; with ``dim=None`` those of the
+            layer. No group of ``m`` reaches from one of them into the next.
 
     Shapes: scores, earlier mask and mask have the weight's shape, with at least ``dim + 1`` axes.
     Units: scores are ranks within a group, so any positive scale will do. Ties keep the lower index. What is pruned
@@ -42,6 +47,10 @@ class NMStructured(Method):
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: no N:M pattern.
+
+    Hardware: sparse tensor cores multiply matrices whose rows, along the reduction, are 2:4. A convolution is such a
+        product once its weight is laid out as (outputs, kernel positions, inputs), so groups run along the input
+        channels, at each kernel position by itself: ``dim=1`` of ``Conv2d``.
 
     Source: Mishra et al. 2021, *Accelerating Sparse Deep Neural Networks*, arXiv:2104.08378 (the 2:4 case).
 
@@ -56,14 +65,19 @@ class NMStructured(Method):
 
     PRUNING_TYPE = "global"  # groups need the full shape, in stacked calls too
 
-    def __init__(self, n: int, m: int, dim: int = 1, pad: bool = False) -> None:
-        NM(n, m, dim, pad)
-        self.n, self.m, self.dim, self.pad = n, m, dim, pad
+    def __init__(self, n: int, m: int, dim: int | None = None, pad: bool = False, groups: int = 1) -> None:
+        NM(n, m, dim, pad, groups)
+        self.n, self.m, self.dim, self.pad, self.groups = n, m, dim, pad, groups
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         """Return the mask for weights or scores ``t``."""
         check_finite("importance_scores", t)
-        return nm_mask(t, NM(self.n, self.m, self.dim, self.pad), default_mask)
+        return nm_mask(t, NM(self.n, self.m, self.dim, self.pad, self.groups), default_mask)
+
+    def _mask(self, target: Target, importance_scores: Tensor | None) -> Tensor:
+        if self.dim is None:
+            self.dim, self.groups = reduction_axis(target)
+        return super()._mask(target, importance_scores)
 
 
 class _Units(Method):
