@@ -97,6 +97,10 @@ class Row:
     draw: Callable  # (draw, groups) -> keyword arguments that the scores come from
     units: Callable  # (layer, shape, args) -> units
     scores: Callable  # (layer, values, units, args) -> one number per unit; values are 0 where masked
+    history: str  # of the call that ``ready`` prepares
+    good: Callable = lambda layers: {}  # layers -> keyword arguments of that call
+    layers: Callable = lambda: [nn.Conv2d(4, 6, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 2), nn.Conv2d(8, 3, 1)]
+    bad: tuple = ()  # (arguments, error, words) that the function refuses
     bn: bool = False
 
     @property
@@ -157,7 +161,9 @@ def draw_gradients(draw, groups):
     return {}
 
 
-def draw_norm(*dims):
+def draw_norm(**units):
+    """Return a function that draws order, normalization and one of the ``units``, the values of an argument."""
+
     def arguments(draw, groups):
         # sums of roots would round differently here and there, and blur ties between tensors
         how, orders = draw(st.sampled_from([("mean", (0, 1, 2, math.inf)), ("max", (0, 1, 2, math.inf)),
@@ -165,7 +171,7 @@ def draw_norm(*dims):
         args = {"n": draw(st.sampled_from(orders)), "normalize": how, **draw_scores(draw, groups)}
         if how == "mean" and draw(st.booleans()):
             del args["normalize"]  # is the default
-        return {**args, "dim": draw(st.sampled_from(dims))} if dims else args
+        return {**args, **{key: draw(st.sampled_from(values)) for key, values in units.items()}}
 
     return arguments
 
@@ -193,13 +199,21 @@ def slices(layer, shape, args):
 
 
 ROWS = (
-    Row(tpe.global_unstructured, ENTRIES, draw_scores, lambda layer, shape, args: oracles.entries(shape), entry_scores),
+    Row(
+        tpe.global_unstructured,
+        ENTRIES,
+        draw_scores,
+        lambda layer, shape, args: oracles.entries(shape),
+        entry_scores,
+        history="global_unstructured(amount=0.3, min_keep=1)",
+    ),
     Row(
         tpe.global_gradient_magnitude,
         ENTRIES,
         draw_gradients,
         lambda layer, shape, args: oracles.entries(shape),
         gradient_scores,
+        history="global_gradient_magnitude(amount=0.3, min_keep=1)",
     ),
     Row(
         tpe.global_obd_saliency,
@@ -207,6 +221,10 @@ ROWS = (
         lambda draw, groups: {"hessian_diag": tensors_for(draw, groups, (-1.0, 0.0, 0.5, 1.0, 2.0))},
         lambda layer, shape, args: oracles.entries(shape),
         obd_scores,
+        history="global_obd_saliency(amount=0.3, min_keep=1)",
+        good=lambda layers: {
+            "hessian_diag": {(layer, "weight"): owner(layer).detach().square() + 0.1 for layer in layers}
+        },
     ),
     Row(
         tpe.global_kernel_ln,
@@ -214,23 +232,39 @@ ROWS = (
         draw_norm(),
         lambda layer, shape, args: oracles.kernels(shape),
         norm_scores,
+        history="global_kernel_ln(amount=0.3, min_keep=1, n=2, normalize='mean')",
     ),
     Row(
         tpe.global_vector_ln,
         SLICES,
-        draw_norm(-1, 0, 1, -2),
+        draw_norm(dim=(-1, 0, 1, -2)),
         lambda layer, shape, args: oracles.vectors(shape, args["dim"]),
         norm_scores,
+        history="global_vector_ln(amount=0.3, min_keep=1, n=2, dim=-1, normalize='mean')",
     ),
-    Row(tpe.global_ln_structured, SLICES, draw_norm(0, 1, -1), slices, norm_scores),
+    Row(
+        tpe.global_ln_structured,
+        SLICES,
+        draw_norm(dim=(0, 1, -1)),
+        slices,
+        norm_scores,
+        history="global_ln_structured(amount=0.3, min_keep=1, n=2, dim=0, normalize='mean')",
+    ),
     Row(
         tpe.global_bn_scaling,
         CHANNELS,
         lambda draw, groups: {"paired": draw(st.booleans())},
         lambda layer, shape, args: oracles.channels(shape, *output_axis(layer)),
         lambda layer, values, units, args: [abs(g) for g in flat(owner(args["bns"][layer]))],
+        history="global_bn_scaling(amount=0.3, min_keep=1, paired=True)",
         bn=True,
     ),
+)
+NM_ROW = Row(
+    tpe.global_nm_structured,
+    *[None] * 4,  # it does not drop units one by one: its oracle is in test_global_nm.py
+    history="global_nm_structured(amount=0.3, min_keep=1, n=?, m=4, dim=1)",
+    good=lambda layers: {"m": 4},
 )
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 
@@ -376,7 +410,8 @@ class Tied(nn.Module):
 
 def ready(function, state="fresh"):
     """Return modules and good arguments of a call of ``function`` on four layers."""
-    layers = [nn.Conv2d(4, 6, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 2), nn.Conv2d(8, 3, 1)]
+    [row] = [row for row in (*ROWS, NM_ROW) if row.function is function]
+    layers = row.layers()
     norms = [batch_norm_for(layer) for layer in layers]
     for layer in layers:
         layer.weight.grad = layer.weight.detach().clone()
@@ -386,18 +421,11 @@ def ready(function, state="fresh"):
         elif state == "ours":
             tpe.vector_ln(layer, "weight", 1, dim=1)
             tpe.every_other(layer, "weight", step=5)
-    args = {"params": weights(*layers), "amount": 0.3}
-    if function is tpe.global_obd_saliency:
-        args["hessian_diag"] = {pair: owner(pair[0]).detach().square() + 0.1 for pair in args["params"]}
-    if function is tpe.global_bn_scaling:
-        args["pairs"] = list(zip(layers, norms, strict=True))
-        del args["params"]
-    if function is tpe.global_nm_structured:
-        args["m"] = 4
-    return nn.ModuleList([*layers, *norms]), args
+    listed = {"pairs": list(zip(layers, norms, strict=True))} if row.bn else {"params": weights(*layers)}
+    return nn.ModuleList([*layers, *norms]), {**listed, "amount": 0.3, **row.good(layers)}
 
 
-FUNCTIONS = [*(row.function for row in ROWS), tpe.global_nm_structured]
+FUNCTIONS = [row.function for row in (*ROWS, NM_ROW)]
 every_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 
 

@@ -1,5 +1,6 @@
 """Global calls are all or nothing, and refuse by name."""
 
+import inspect
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from globally import (
     FUNCTIONS,
+    ROWS,
     PlantedError,
     every_function,
     owner,
@@ -107,8 +109,7 @@ BAD = ["missing", "shape", "transposed", "list", "integer", math.nan, math.inf]
 SCORES = [tensors("importance_scores", how) for how in [*BAD, -1.0]]
 SPOILS = [
     *[(function, spoil) for function in FUNCTIONS for spoil in LISTS],
-    *[(function, spoil) for function in FUNCTIONS if function.__name__ in
-      ("global_unstructured", "global_kernel_ln", "global_vector_ln", "global_ln_structured", "global_nm_structured")
+    *[(function, spoil) for function in FUNCTIONS if "importance_scores" in inspect.signature(function).parameters
       for spoil in [nan_weight, *SCORES]],
     *[(tpe.global_gradient_magnitude, s) for s in [no_gradient, nan_gradient, *(tensors("grads", b) for b in BAD)]],
     *[(tpe.global_obd_saliency, s) for s in [nan_weight, *(tensors("hessian_diag", b) for b in BAD)]],
@@ -257,6 +258,7 @@ def test_what_is_no_list_is_refused(function, listed, error):
         (tpe.global_nm_structured, {"min_keep": 5}, ValueError, r"min_keep=5"),
         (tpe.global_nm_structured, {"amount": 0.9}, ValueError, r"amount=0\.9.*1 of 4"),
         (tpe.global_nm_structured, {"choices": [4], "amount": 0.1}, ValueError, r"4 of 4.*choices="),
+        *[(row.function, *bad) for row in ROWS for bad in row.bad],
     ],
 )
 def test_other_arguments_are_refused_by_name(function, changes, error, words):

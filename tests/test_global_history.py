@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from globally import dense_mask, every_function, owner, ready
+from globally import NM_ROW, ROWS, dense_mask, every_function, owner, ready
 from torch import nn
 from torch.nn.utils import prune
 
@@ -33,16 +33,7 @@ def reachable(root):
     return storages
 
 
-HISTORY = {
-    "global_unstructured": "global_unstructured(amount=0.3, min_keep=1)",
-    "global_gradient_magnitude": "global_gradient_magnitude(amount=0.3, min_keep=1)",
-    "global_obd_saliency": "global_obd_saliency(amount=0.3, min_keep=1)",
-    "global_kernel_ln": "global_kernel_ln(amount=0.3, min_keep=1, n=2, normalize='mean')",
-    "global_vector_ln": "global_vector_ln(amount=0.3, min_keep=1, n=2, dim=-1, normalize='mean')",
-    "global_ln_structured": "global_ln_structured(amount=0.3, min_keep=1, n=2, dim=0, normalize='mean')",
-    "global_bn_scaling": "global_bn_scaling(amount=0.3, min_keep=1, paired=True)",
-    "global_nm_structured": "global_nm_structured(amount=0.3, min_keep=1, n=?, m=4, dim=1)",
-}
+HISTORY = {row.id: row.history for row in (*ROWS, NM_ROW)}
 
 
 @every_function

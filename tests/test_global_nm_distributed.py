@@ -88,11 +88,10 @@ def an_error_on_one_rank_stops_all(rank, world, group):
         ({"choices": [9]}, ValueError),
         ({"dim": 0.5}, TypeError),
     ):
-        modules = layers()
+        modules, here = layers(), {"amount": 0.5, "m": 4, **(args if rank == 0 else {})}
         before = Snapshot(*modules)
         with pytest.raises(error if rank == 0 else RuntimeError):
-            wrong = args if rank == 0 else {}
-            tpe.global_nm_structured(weights(modules), process_group=group, **{"amount": 0.5, "m": 4, **wrong})
+            tpe.global_nm_structured(weights(modules), process_group=group, **here)
         assert before.differences() == []
     modules = layers()
     modules[-1].weight.data[0, 0] = math.nan if rank == world - 1 else 1.0
@@ -104,11 +103,10 @@ def an_error_on_one_rank_stops_all(rank, world, group):
 
 def arguments_that_differ_are_refused_by_all(rank, world, group):
     for args in ({"m": 2}, {"choices": [1, 2]}, {"dim": 1}, {"amount": 0.25}, {"pad": True}):
-        modules = layers()
+        modules, here = layers(), {"amount": 0.5, "m": 4, **(args if rank == 0 else {})}
         before = Snapshot(*modules)
         with pytest.raises(RuntimeError, match="differ between ranks"):
-            other = args if rank == 0 else {}
-            tpe.global_nm_structured(weights(modules), process_group=group, **{"amount": 0.5, "m": 4, **other})
+            tpe.global_nm_structured(weights(modules), process_group=group, **here)
         assert before.differences() == []
 
 

@@ -162,17 +162,13 @@ def test_what_one_floor_saves_may_bring_the_next_to_its_floor():
     assert [flat(layer.weight_mask) for layer in layers] == [[0, 1, 1]] * 4
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if not row.bn], ids=lambda row: row.id)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 def test_floor_and_amount_that_cannot_both_hold_are_refused(row):
-    layers = [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)]
-    for layer in layers:
-        layer.weight.grad = torch.ones_like(layer.weight)
-    curvature = {"hessian_diag": {(layer, "weight"): layer.weight.detach() for layer in layers}}
-    args = curvature if row.function is tpe.global_obd_saliency else {}
-    before = Snapshot(*layers)
+    model, args = ready(row.function)
+    before = Snapshot(*model)
     for amount, min_keep in [(1.0, 1), (0.8, 0.5), (0.1, 1.0)]:
         with pytest.raises(ValueError, match=rf"amount={amount}, min_keep={min_keep}.*floors"):
-            row.function(weights(*layers), amount=amount, min_keep=min_keep, **args)
+            row.function(**{**args, "amount": amount, "min_keep": min_keep})
     assert before.differences() == []
 
 

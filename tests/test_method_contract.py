@@ -92,7 +92,7 @@ def test_state_dict_keys_are_those_of_native_pruning(case):
     module, native = make(case.hosts[0]), make(case.hosts[0])
     args = case.arguments(module)
     case.function(module, "weight", **args)
-    for name in ("weight", "bias") if case.id == "bn_scaling" else ("weight",):
+    for name in case.masks:
         prune.custom_from_mask(native, name, getattr(module, f"{name}_mask"))
     assert set(module.state_dict()) == set(native.state_dict())
     native.load_state_dict(module.state_dict())

@@ -228,18 +228,18 @@ def test_a_lazy_module_is_refused(case):
 
 
 @pytest.mark.parametrize(("n", "large"), [(2, 1e30), (3, 1e20), (-2, 1e-30), (1, 2e38)])
-@pytest.mark.parametrize("case", [case for case in CASES if case.id in ("kernel_ln", "vector_ln")], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [case for case in CASES if case.pairs], ids=lambda c: c.id)
 def test_norms_that_leave_single_precision_are_ranked_right_or_refused(case, n, large):
-    module = nn.Conv1d(2, 1, 2)
-    with torch.no_grad():
-        module.weight.copy_(torch.tensor([[[large, large], [large, large * 1.5]]]))
+    shape, unit = case.pairs
+    module = HOSTS[case.hosts[0]]()
+    module.weight = nn.Parameter(torch.tensor([large, large, large, large * 1.5]).view(shape))
     before, refused = Snapshot(module), ""
     try:
-        case.function(module, "weight", amount=1, n=n, **({"dim": 2} if case.id == "vector_ln" else {}))
+        case.function(module, "weight", amount=1, n=n, **unit)
     except ValueError as error:
         refused = str(error)
     if refused:
-        assert refused.startswith("Conv1d.weight of shape (1, 2, 2): ")
+        assert refused.startswith(f"{type(module).__name__}.weight of shape {shape}: ")
         assert before.differences() == []
     else:
         assert flat(module.weight_mask) == [0, 0, 1, 1], "the larger unit went"

@@ -2,11 +2,32 @@
 
 import numbers
 from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from torchprune_ext._checks import check_whole
+
+
+class Unit(Protocol):
+    """A kind of unit: entries of a tensor that live or die together.
+
+    A value that has this name and this method is a unit for :mod:`torchprune_ext.masks` and for the global calls;
+    nothing else needs to know of it. Each entry belongs to one unit.
+    """
+
+    units: ClassVar[str]
+    """What several are called, in errors and in the budget: ``"kernels"``."""
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return a view of ``tensor`` in which each unit spans whole axes, and these axes.
+
+        The other axes, in row-major order, count the units.
+
+        Raises:
+            ValueError: the tensor does not fall into such units; the message says what does instead.
+        """
 
 
 def _axis(dim: int, shape: torch.Size) -> int:
@@ -108,7 +129,7 @@ class Vector:
 
     dim: int = -1
 
-    units = "vectors"
+    units: ClassVar[str] = "vectors"
 
     def __post_init__(self) -> None:
         """Check the value."""
@@ -123,7 +144,7 @@ class Vector:
 class Kernel:
     """A convolution kernel ``weight[o, i]``: all entries that share their first two indices."""
 
-    units = "kernels"
+    units: ClassVar[str] = "kernels"
 
     def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return ``tensor`` and the axes that one unit spans in it.
@@ -152,7 +173,7 @@ class Channel:
     dim: int = 0
     groups: int = 1
 
-    units = "channels"
+    units: ClassVar[str] = "channels"
 
     def __post_init__(self) -> None:
         """Check the values."""

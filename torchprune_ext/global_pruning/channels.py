@@ -14,6 +14,8 @@ from torchprune_ext.global_pruning.budget import (
 )
 from torchprune_ext.selection import Cut, Scores, kept
 
+__all__ = ["global_bn_scaling"]
+
 
 def global_bn_scaling(
     pairs: Iterable[tuple[nn.Module, nn.Module]],

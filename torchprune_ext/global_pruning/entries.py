@@ -18,6 +18,8 @@ from torchprune_ext.global_pruning.budget import (
 from torchprune_ext.masks import identity
 from torchprune_ext.selection import Scores
 
+__all__ = ["global_gradient_magnitude", "global_obd_saliency", "global_unstructured"]
+
 
 def global_unstructured(
     params: Params,

@@ -23,6 +23,8 @@ from torchprune_ext.global_pruning.budget import (
 from torchprune_ext.masks import Profile, finish, nm_mask, nm_profile
 from torchprune_ext.patterns import NM
 
+__all__ = ["global_nm_structured"]
+
 
 def global_nm_structured(
     params: Params,

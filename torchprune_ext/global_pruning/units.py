@@ -21,8 +21,10 @@ from torchprune_ext.global_pruning.budget import (
     weights_or_scores,
 )
 from torchprune_ext.masks import unit_mask, unit_scores
-from torchprune_ext.patterns import Channel, Kernel, Vector
+from torchprune_ext.patterns import Channel, Kernel, Unit, Vector
 from torchprune_ext.selection import Cut, Scores, kept
+
+__all__ = ["global_kernel_ln", "global_ln_structured", "global_vector_ln"]
 
 
 def global_kernel_ln(
@@ -167,7 +169,7 @@ def _prune_units(
     call: str,
     params: Params,
     budget: Budget,
-    unit: Callable[..., Vector | Kernel | Channel],
+    unit: Callable[..., Unit],
     n: float,
     importance_scores: PerParameter | None,
     normalize: str | None,

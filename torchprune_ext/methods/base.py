@@ -16,6 +16,8 @@ from torchprune_ext.masks import (
     finish,
 )
 
+__all__ = ["GlobalPruning", "Method"]
+
 
 class Method(BasePruningMethod):
     """What all methods of this package share: a readable history, and ``apply`` in terms of ``compute_mask``.

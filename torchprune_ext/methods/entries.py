@@ -28,6 +28,8 @@ from torchprune_ext.masks import (
 from torchprune_ext.methods.base import Method, like
 from torchprune_ext.selection import Scores, select_smallest
 
+__all__ = ["EveryOther", "GradientMagnitude", "OBDSaliency", "Threshold"]
+
 
 class _Entries(Method):
     """Drop the entries of smallest score; subclasses say where the scores come from."""

@@ -22,8 +22,10 @@ from torchprune_ext.masks import (
     unit_scores,
 )
 from torchprune_ext.methods.base import Method, like
-from torchprune_ext.patterns import NM, Channel, Kernel, Vector
+from torchprune_ext.patterns import NM, Channel, Kernel, Unit, Vector
 from torchprune_ext.selection import Scores, kept, select_smallest
+
+__all__ = ["BNScaling", "KernelLn", "NMStructured", "VectorLn"]
 
 
 class NMStructured(Method):
@@ -90,7 +92,7 @@ class _Units(Method):
         check_order(n)
         self.amount, self.n = amount, n
 
-    def _pattern(self) -> Vector | Kernel:
+    def _pattern(self) -> Unit:
         raise NotImplementedError
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
