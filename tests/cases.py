@@ -273,6 +273,11 @@ def by_norm(units_of, draw_unit=lambda draw, shape: {}):
     return {"units": units, "draw": arguments, "oracle": oracle, "whole": True}
 
 
+def pair(block):
+    """Return rows and columns of a block."""
+    return block if isinstance(block, tuple) else (block, block)
+
+
 def _draw_with_tensor(param):
     def arguments(draw, module, shape, mask):
         tensor = draw_tensor(draw, shape, LEVELS, module.weight.dtype, draw(st.sampled_from(LAYOUTS)))
@@ -372,6 +377,36 @@ CASES = (
         **by_norm(oracles.vectors, lambda draw, shape: {"dim": draw(st.integers(-len(shape), len(shape) - 1))}),
         bias={"amount": 1},
         pairs=((2, 2), {"dim": 1}),
+    ),
+    Case(
+        tpe.block_ln,
+        tpe.BlockLn,
+        "global",
+        good={"amount": 0.3, "n": 2, "block": (3, 2)},
+        repr="BlockLn(amount=0.3, n=2, block=(3, 2))",
+        bad=(
+            *BAD_AMOUNT,
+            *BAD_ORDER,
+            Bad({"block": 0}, ValueError, r"block=0"),
+            Bad({"block": 1.5}, TypeError, r"block=1\.5"),
+            Bad({"block": None}, TypeError, r"block=None"),
+            Bad({"block": True}, TypeError, r"block=True"),
+            Bad({"block": (2,)}, TypeError, r"block=\(2,\)"),
+            Bad({"block": (2, -1)}, ValueError, r"block=\(2, -1\)"),
+            Bad({"block": (2, "x")}, TypeError, r"block=\(2, 'x'\)"),
+            Bad({"block": 4}, ValueError, r"block=4 .*\[1, 2, 3, 6\] .*\[1, 2, 4, 8\]"),
+            *BAD_SCORES,
+        ),
+        **by_norm(
+            lambda shape, block: oracles.collect(shape, lambda at: (at[0] // pair(block)[0], at[1] // pair(block)[1])),
+            lambda draw, shape: {
+                "block": tuple(draw(st.sampled_from([d for d in range(1, 10) if size % d == 0])) for size in shape)
+            },
+        ),
+        hosts=("linear",),
+        dims=(2,),
+        bias=None,
+        pairs=((1, 4), {"block": (1, 2)}),
     ),
     Case(
         tpe.gradient_magnitude,

@@ -18,6 +18,7 @@ from cases import (
     draw_tensor,
     flat,
     output_axis,
+    pair,
 )
 from hypothesis import strategies as st
 from torch import nn
@@ -241,6 +242,23 @@ ROWS = (
         lambda layer, shape, args: oracles.vectors(shape, args["dim"]),
         norm_scores,
         history="global_vector_ln(amount=0.3, min_keep=1, n=2, dim=-1, normalize='mean')",
+    ),
+    Row(
+        tpe.global_block_ln,
+        st.tuples(st.sampled_from([0, 2, 4, 6]), st.sampled_from([0, 2, 4])),
+        draw_norm(block=(1, 2, (1, 2), (2, 1))),
+        lambda layer, shape, args: oracles.collect(
+            shape, lambda at: (at[0] // pair(args["block"])[0], at[1] // pair(args["block"])[1])
+        ),
+        norm_scores,
+        history="global_block_ln(amount=0.3, min_keep=1, n=2, block=2, normalize='mean')",
+        good=lambda layers: {"block": 2},
+        layers=lambda: [nn.Linear(6, 4), nn.Linear(2, 8), nn.Linear(4, 6), nn.Linear(8, 2)],
+        bad=(
+            ({"block": 0}, ValueError, r"block=0"),
+            ({"block": "x"}, TypeError, r"block='x'"),
+            ({"block": (2, 4)}, ValueError, r"params\[0\].*block=\(2, 4\)"),
+        ),
     ),
     Row(
         tpe.global_ln_structured,

@@ -12,6 +12,7 @@ from torchprune_ext.compensation import (
 )
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
+    block_ln,
     bn_scaling,
     every_other,
     gradient_magnitude,
@@ -22,6 +23,7 @@ from torchprune_ext.functional import (
     vector_ln,
 )
 from torchprune_ext.global_pruning import (
+    global_block_ln,
     global_bn_scaling,
     global_gradient_magnitude,
     global_kernel_ln,
@@ -33,6 +35,7 @@ from torchprune_ext.global_pruning import (
 )
 from torchprune_ext.lifecycle import pruned_parameters, remove, remove_all, undo, undo_all
 from torchprune_ext.methods import (
+    BlockLn,
     BNScaling,
     EveryOther,
     GradientMagnitude,
@@ -42,7 +45,7 @@ from torchprune_ext.methods import (
     Threshold,
     VectorLn,
 )
-from torchprune_ext.patterns import NM, Channel, Kernel, Vector
+from torchprune_ext.patterns import NM, Block, Channel, Kernel, Vector
 from torchprune_ext.penalties import bn_l1_penalty
 
 __version__ = "0.1.0"
@@ -50,6 +53,8 @@ __version__ = "0.1.0"
 __all__ = [
     "NM",
     "BNScaling",
+    "Block",
+    "BlockLn",
     "Channel",
     "DenseValues",
     "EveryOther",
@@ -62,6 +67,7 @@ __all__ = [
     "Threshold",
     "Vector",
     "VectorLn",
+    "block_ln",
     "bn_l1_penalty",
     "bn_pairs",
     "bn_scaling",
@@ -70,6 +76,7 @@ __all__ = [
     "criteria",
     "dense_values",
     "every_other",
+    "global_block_ln",
     "global_bn_scaling",
     "global_gradient_magnitude",
     "global_kernel_ln",

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from torchprune_ext.methods import (
+    BlockLn,
     BNScaling,
     EveryOther,
     GradientMagnitude,
@@ -71,6 +72,27 @@ def vector_ln(
         9
     """
     VectorLn.apply(module, name, amount, n, dim, importance_scores=importance_scores)
+    return module
+
+
+def block_ln(
+    module: nn.Module,
+    name: str,
+    amount: float,
+    n: float = 2,
+    *,
+    block: int | tuple[int, int],
+    importance_scores: Tensor | None = None,
+) -> nn.Module:
+    """Drop the blocks of a matrix of smallest Ln norm; see :class:`.BlockLn`.
+
+    Example:
+        >>> import torch
+        >>> layer = block_ln(torch.nn.Linear(8, 8), "weight", amount=0.5, block=4)
+        >>> int(layer.weight_mask.sum())  # of 4 blocks of 16 entries, 2 went
+        32
+    """
+    BlockLn.apply(module, name, amount, n, block=block, importance_scores=importance_scores)
     return module
 
 

@@ -161,6 +161,53 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """A rectangle of entries of a matrix, in a grid that begins at its first entry and covers it.
+
+    Args:
+        block: number of rows and of columns (counts), ``(rows, columns)``, or one number for both.
+
+    Raises:
+        TypeError: ``block`` is neither an int nor a pair of ints.
+        ValueError: a number is less than 1.
+    """
+
+    block: int | tuple[int, int]
+
+    units: ClassVar[str] = "blocks"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        sizes = self.block if isinstance(self.block, tuple) else (self.block, self.block)
+        if len(sizes) != 2:
+            raise TypeError(f"block={self.block!r} has {len(sizes)} sizes. Pass (rows, columns), or one int for both.")
+        for size in sizes:
+            check_whole("block" if size is self.block else f"block={self.block!r}, of which one", size, 1)
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return a view of ``tensor`` and the axes that one unit spans in it.
+
+        Raises:
+            ValueError: the tensor is not a matrix, or blocks do not cover it exactly.
+        """
+        shape = tuple(tensor.shape)
+        if len(shape) != 2:
+            raise ValueError(
+                f"shape {shape} is not a matrix, which blocks are cut from. Use kernel_ln for a convolution, or "
+                "vector_ln, which takes any shape."
+            )
+        rows, columns = self.block if isinstance(self.block, tuple) else (self.block, self.block)
+        if shape[0] % rows or shape[1] % columns:
+            divisors = [[d for d in range(1, size + 1) if size % d == 0] for size in shape]
+            raise ValueError(
+                f"block={self.block!r} does not cover shape {shape} exactly. Pass (rows, columns) with rows from "
+                f"{divisors[0]} and columns from {divisors[1]}."
+            )
+        blocks = tensor.unflatten(0, (shape[0] // rows, rows)).unflatten(2, (shape[1] // columns, columns))
+        return blocks, (1, 3)
+
+
+@dataclass(frozen=True, slots=True)
 class Channel:
     """A slice across ``dim``: an output channel (filter) of a layer, or an input channel.
 

@@ -22,10 +22,10 @@ from torchprune_ext.masks import (
     unit_scores,
 )
 from torchprune_ext.methods.base import Method, like
-from torchprune_ext.patterns import NM, Channel, Kernel, Unit, Vector
+from torchprune_ext.patterns import NM, Block, Channel, Kernel, Unit, Vector
 from torchprune_ext.selection import Scores, kept, select_smallest
 
-__all__ = ["BNScaling", "KernelLn", "NMStructured", "VectorLn"]
+__all__ = ["BNScaling", "BlockLn", "KernelLn", "NMStructured", "VectorLn"]
 
 
 class NMStructured(Method):
@@ -175,6 +175,47 @@ class VectorLn(_Units):
 
     def _pattern(self) -> Vector:
         return Vector(self.dim)
+
+
+class BlockLn(_Units):
+    """Drop the blocks of a matrix, rectangles in a grid, of smallest Ln norm.
+
+    Block sparse storage (PyTorch's BSR) and block sparse kernels skip what goes, for the same ``block``.
+
+    Args:
+        amount: fraction (float in [0, 1]) or number (int) of the blocks not yet pruned; a block counts as pruned when
+            nothing is left of it.
+        n: order of the norm, as in :func:`torch.linalg.vector_norm`.
+        block: rows and columns of a block (counts), ``(rows, columns)``, or one number for both; of a ``Linear``, rows
+            are outputs and columns are inputs. They must divide the weight's.
+
+    Shapes: weight, scores and masks of one shape with two axes.
+    Units: norms are only ranked, so any positive scale will do. Ties keep the lower index, row by row of blocks.
+
+    Raises:
+        TypeError: ``amount`` or ``n`` is not a number, ``block`` neither an int nor a pair of ints.
+        ValueError: ``amount`` or ``block`` is out of range.
+
+    Source: Narang, Undersander & Diamos 2017, *Block-Sparse Recurrent Neural Networks*, arXiv:1711.02782, who take the
+    largest entry for the block (``n=float("inf")``).
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 1.0, 3.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
+        >>> _ = BlockLn.apply(layer, "weight", 1, block=2)
+        >>> layer.weight_mask
+        tensor([[0., 0., 1., 1.],
+                [0., 0., 1., 1.]])
+    """
+
+    def __init__(self, amount: float, n: float = 2, *, block: int | tuple[int, int]) -> None:
+        super().__init__(amount, n)
+        Block(block)
+        self.block = block
+
+    def _pattern(self) -> Block:
+        return Block(self.block)
 
 
 class BNScaling(Method):
