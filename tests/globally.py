@@ -155,7 +155,7 @@ def draw_scores(draw, groups):
 
 def draw_gradients(draw, groups):
     if draw(st.booleans()):
-        return {"grads": tensors_for(draw, groups, (-2.0, -1.0, 0.0, 0.5, 1.0))}
+        return {"grad": tensors_for(draw, groups, (-2.0, -1.0, 0.0, 0.5, 1.0))}
     for modules in groups:
         parameter = owner(modules[0])
         parameter.grad = draw_tensor(draw, parameter.shape, dtype=parameter.dtype)
@@ -182,7 +182,7 @@ def entry_scores(layer, values, units, args):
 
 
 def gradient_scores(layer, values, units, args):
-    return [abs(g) for g in flat(args["grads"][layer, "weight"] if args else owner(layer).grad)]
+    return [abs(g) for g in flat(args["grad"][layer, "weight"] if args else owner(layer).grad)]
 
 
 def obd_scores(layer, values, units, args):

@@ -266,5 +266,5 @@ def test_scores_go_where_scores_are_taken():
         params = [(model[0], "weight"), (model[4], "weight")]
         h = calibration.hessian_diagonal(model, F.cross_entropy, batches, params, method=method, progress=False)
         tpe.global_obd_saliency(params, amount=0.5, hessian_diag=h)
-        tpe.obd_saliency(model[4], "weight", 0.1, h[model[4], "weight"])
+        tpe.obd_saliency(model[4], "weight", 0.1, hessian_diag=h[model[4], "weight"])
     assert int(sum(m.weight_mask.sum() for m, _ in params)) < 21

@@ -111,7 +111,7 @@ SPOILS = [
     *[(function, spoil) for function in FUNCTIONS for spoil in LISTS],
     *[(function, spoil) for function in FUNCTIONS if "importance_scores" in inspect.signature(function).parameters
       for spoil in [nan_weight, *SCORES]],
-    *[(tpe.global_gradient_magnitude, s) for s in [no_gradient, nan_gradient, *(tensors("grads", b) for b in BAD)]],
+    *[(tpe.global_gradient_magnitude, s) for s in [no_gradient, nan_gradient, *(tensors("grad", b) for b in BAD)]],
     *[(tpe.global_obd_saliency, s) for s in [nan_weight, *(tensors("hessian_diag", b) for b in BAD)]],
     *[(tpe.global_bn_scaling, s) for s in [nan_scale, other_size, no_batch_norm]],
 ]  # fmt: skip
@@ -243,7 +243,7 @@ def test_what_is_no_list_is_refused(function, listed, error):
         (tpe.global_ln_structured, {"dim": -6}, ValueError, r"params\[0\].*dim=-6"),
         (tpe.global_unstructured, {"reduce": "mean"}, ValueError, r"reduce='mean'.*process_group"),
         (tpe.global_unstructured, {"importance_scores": torch.ones(3)}, TypeError, r"importance_scores is a Tensor"),
-        (tpe.global_gradient_magnitude, {"grads": [torch.ones(3)]}, TypeError, r"grads is a list"),
+        (tpe.global_gradient_magnitude, {"grad": [torch.ones(3)]}, TypeError, r"grad is a list"),
         (tpe.global_nm_structured, {"m": 0}, ValueError, r"m=0"),
         (tpe.global_nm_structured, {"m": 2.0}, TypeError, r"m=2\.0"),
         (tpe.global_nm_structured, {"m": 7}, ValueError, r"params\[0\].*m=7.*pad=True"),

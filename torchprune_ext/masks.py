@@ -48,7 +48,7 @@ def entry_mask(scores: Scores, cut: Cut, like: Tensor) -> Tensor:
     return finish(kept(scores, cut, out=_flat(like)), like)
 
 
-def unit_scores(scores: Tensor, pattern: Unit, n: float, default_mask: Tensor | None) -> Scores:
+def unit_scores(scores: Tensor, pattern: Unit, n: float, default_mask: Tensor | None = None) -> Scores:
     """Return the Ln norm of each unit; a unit with nothing left counts as dead.
 
     Args:
@@ -83,7 +83,7 @@ def units_alive(pattern: Unit, mask: Tensor) -> Tensor:
     return (mask.amax(axes) if mask.numel() else mask.new_empty(0)).reshape(-1) != 0
 
 
-def unit_mask(keep: Tensor, pattern: Unit, like: Tensor, default_mask: Tensor | None) -> Tensor:
+def unit_mask(keep: Tensor, pattern: Unit, like: Tensor, default_mask: Tensor | None = None) -> Tensor:
     """Spread ``keep``, one flag per unit, over the entries of the units.
 
     Args:
@@ -122,7 +122,7 @@ def threshold_mask(scores: Scores, threshold: float, like: Tensor) -> Tensor:
     return finish(flat, like)
 
 
-def every_other_mask(step: int, offset: int, like: Tensor, default_mask: Tensor | None) -> Tensor:
+def every_other_mask(step: int, offset: int, like: Tensor, default_mask: Tensor | None = None) -> Tensor:
     """Drop every ``step``-th of the living entries in row-major order, beginning with number ``offset``.
 
     Args:

@@ -18,7 +18,7 @@ class Unit(Protocol):
     """
 
     units: ClassVar[str]
-    """What several are called, in errors and in the budget: ``"kernels"``."""
+    """The plural noun for errors and budgets, such as ``"kernels"``."""
 
     def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return a view of ``tensor`` in which each unit spans whole axes, and these axes.

@@ -124,14 +124,14 @@ class OBDSaliency(_Entries):
         >>> import torch
         >>> layer = torch.nn.Linear(4, 1)
         >>> _ = torch.nn.init.constant_(layer.weight, 1.0)
-        >>> _ = OBDSaliency.apply(layer, "weight", 0.5, torch.tensor([[3.0, 0.1, -5.0, 2.0]]))
+        >>> _ = OBDSaliency.apply(layer, "weight", 0.5, hessian_diag=torch.tensor([[3.0, 0.1, -5.0, 2.0]]))
         >>> layer.weight_mask
         tensor([[1., 0., 0., 1.]])
     """
 
     @classmethod
     def apply(  # type: ignore[override]
-        cls, module: nn.Module, name: str, amount: float, hessian_diag: Tensor
+        cls, module: nn.Module, name: str, amount: float, *, hessian_diag: Tensor
     ) -> BasePruningMethod:
         """Prune tensor ``name`` of ``module`` in place, on top of what was pruned before.
 
