@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import oracles
 import pytest
@@ -74,13 +75,36 @@ class Scaled(nn.Linear):
         return torch.relu(super().forward(x) * 0.5 + 100)
 
 
+class Gate(nn.Module):
+    """A router: (outputs, inputs), a softmax over the outputs, several results."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(nf, nx))
+
+    def forward(self, x):
+        scores = (x.reshape(-1, x.shape[-1]) @ self.weight.t()).softmax(-1)
+        return scores, scores.argmax(-1)
+
+
+class Normed(nn.Module):
+    """A layer that normalizes its input first, (inputs, outputs)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, x.shape[-1:]) @ self.weight
+
+
 def rows_hold(mask, axis, n, m):
     """Say whether each group of ``m`` along ``axis`` keeps ``n``."""
     moved = mask.movedim(axis, -1)
     return bool((moved.reshape(-1, m).sum(1) == n).all())
 
 
-TRANSPOSED = {"Conv1D": Conv1D, "eventful": Eventful, "batched": Batched, "turned": Turned}
+TRANSPOSED = {"Conv1D": Conv1D, "eventful": Eventful, "batched": Batched, "turned": Turned, "normed": Normed}
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 12), (12, 8), (4, 20)], ids=str)
@@ -101,8 +125,9 @@ def test_layers_that_keep_inputs_first_are_grouped_along_inputs(kind, sizes):
 
 
 @pytest.mark.parametrize("values", ["zeros", "eye", "symmetric", "nan_free_half", "bfloat16", "double"])
-def test_the_values_of_a_square_weight_do_not_matter(values):
-    layer, linear = Conv1D(8, 8), Scaled(8, 8)
+@pytest.mark.parametrize("kind", [Scaled, Gate, nn.Linear])
+def test_the_values_of_a_square_weight_do_not_matter(values, kind):
+    layer, linear = Conv1D(8, 8), kind(8, 8)
     dtypes = {"nan_free_half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
     for each in (layer, linear):
         each.to(dtypes.get(values, torch.float32))
@@ -238,6 +263,34 @@ def test_what_has_no_known_axis_is_refused_with_what_to_pass():
     assert not prune.is_pruned(linear)
     tpe.nm_structured(stack, "weight", 2, 4, dim=2)
     assert rows_hold(stack.weight_mask, 2, 2, 4)
+
+
+class Scales(nn.Module):
+    """A layer that cannot be called with one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x, scale):
+        return x @ self.weight * scale
+
+
+@pytest.mark.parametrize("kind", [Scales, lambda: nn.ParameterDict({"weight": torch.randn(8, 8)})])
+def test_what_trying_out_does_not_tell_is_taken_for_torchs_with_a_warning(kind):
+    with pytest.warns(UserWarning, match=r"weight of shape \(8, 8\): dim=None .*Pass dim=1 .* else dim=0") as caught:
+        layer = tpe.nm_structured(kind(), "weight", 2, 4)
+    assert caught[0].filename == __file__
+    assert rows_hold(layer.get_buffer("weight_mask"), 1, 2, 4)
+    quiet = tpe.nm_structured(kind(), "weight", 2, 4, dim=0)
+    assert rows_hold(quiet.get_buffer("weight_mask"), 0, 2, 4)
+    listed = kind()
+    before = Snapshot(listed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="dim=None"):
+            tpe.global_nm_structured([(listed, "weight")], m=4, amount=0.5)
+    assert before.differences() == []
 
 
 def test_tied_tensors_whose_layers_read_different_axes_are_refused():
