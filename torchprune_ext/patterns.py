@@ -34,7 +34,7 @@ def _axis(dim: int, shape: torch.Size) -> int:
     """Return ``dim`` counted from the front."""
     if not -len(shape) <= dim < len(shape):
         axes = f"0 to {len(shape) - 1}" if shape else "none"
-        raise ValueError(f"dim={dim!r} is no axis of the {len(shape)}-D shape {tuple(shape)}. Axes: {axes}.")
+        raise ValueError(f"dim={dim!r} is not an axis of the {len(shape)}-D shape {tuple(shape)}. Axes: {axes}.")
     return dim % len(shape)
 
 
@@ -83,7 +83,7 @@ class NM:
             raise TypeError(f"pad={self.pad!r} is a {type(self.pad).__name__}. Pass True or False.")
         if self.n > self.m:
             raise ValueError(
-                f"n={self.n}, m={self.m} is no N:M pattern: n entries are kept of m, so 0 < n <= m. "
+                f"n={self.n}, m={self.m} is not an N:M pattern: n entries are kept of m, so 0 < n <= m. "
                 f"Swap them for {self.m}:{self.n}, or pass e.g. n=2, m=4."
             )
 
@@ -124,7 +124,7 @@ class Vector:
         dim: axis that the vectors run along; negative counts from the end.
 
     Raises:
-        TypeError: ``dim`` is no int.
+        TypeError: ``dim`` is not an int.
     """
 
     dim: int = -1
@@ -231,7 +231,7 @@ class Channel:
         """Return a view of ``tensor`` and the axes that one unit spans in it.
 
         Raises:
-            ValueError: ``dim`` is no axis of the tensor, or ``groups`` do not divide axis 0.
+            ValueError: ``dim`` is not an axis of the tensor, or ``groups`` do not divide axis 0.
         """
         axis = _axis(self.dim, tensor.shape)
         if self.groups == 1:

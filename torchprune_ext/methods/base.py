@@ -48,7 +48,7 @@ class Method(BasePruningMethod):
             The hook that is now in the module, which is this method or the ``PruningContainer`` that ends with it.
 
         Raises:
-            TypeError: no module, no real floating point tensor, or an argument of the wrong type.
+            TypeError: not a module, not a real floating point tensor, or an argument of the wrong type.
             ValueError: any other wrong argument, scores or weights that are not finite. The module is left exactly as
                 it was.
         """

@@ -48,7 +48,7 @@ class NMStructured(Method):
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: no N:M pattern.
+        ValueError: not an N:M pattern.
 
     Hardware: sparse tensor cores multiply matrices whose rows, along the reduction, are 2:4. A convolution is such a
         product once its weight is laid out as (outputs, kernel positions, inputs), so groups run along the input
@@ -116,7 +116,7 @@ class KernelLn(_Units):
     Units: norms are only ranked, so any positive scale will do. Ties keep the lower index.
 
     Raises:
-        TypeError: ``amount`` or ``n`` is no number.
+        TypeError: ``amount`` or ``n`` is not a number.
         ValueError: ``amount`` is out of range.
 
     Source: Mao et al. 2017, *Exploring the Regularity of Sparse Structure in Convolutional Neural
@@ -152,7 +152,7 @@ class VectorLn(_Units):
     Units: norms are only ranked, so any positive scale will do. Ties keep the lower index.
 
     Raises:
-        TypeError: ``amount`` or ``n`` is no number, ``dim`` no int.
+        TypeError: ``amount`` or ``n`` is not a number, ``dim`` not an int.
         ValueError: ``amount`` is out of range.
 
     Source: Mao et al. 2017, *Exploring the Regularity of Sparse Structure in Convolutional Neural
@@ -232,7 +232,7 @@ class BNScaling(Method):
     Units: scales are only ranked. Ties keep the lower index.
 
     Raises:
-        TypeError: ``amount`` is no number.
+        TypeError: ``amount`` is not a number.
         ValueError: ``amount`` is out of range.
 
     Source: Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*, arXiv:1708.06519.
@@ -271,7 +271,7 @@ class BNScaling(Method):
             The hook that is now in ``module``.
 
         Raises:
-            TypeError: ``bn`` is no BatchNorm, or as :meth:`Method.apply`.
+            TypeError: ``bn`` is not a BatchNorm, or as :meth:`Method.apply`.
             ValueError: ``bn`` has no weight or other channels than the layer, or as :meth:`Method.apply`. Both
                 modules are left as they were.
         """
