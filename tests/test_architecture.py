@@ -42,6 +42,7 @@ ORDER = [
     "global_pruning.units",
     "global_pruning.channels",
     "global_pruning.nm",
+    "global_pruning.zeros",
     "compensation.coroutines",
     "compensation.solvers",
     "compensation.streams",

@@ -170,7 +170,12 @@ def test_resnet18_has_twenty_pairs():
         if path.endswith(("conv1", "conv2")):
             partner = model.get_submodule(path.replace("conv", "bn"))
             assert (module, partner) in pairs
-    tpe.global_bn_scaling(pairs, amount=0.5)
+    with pytest.warns(UserWarning, match="same at the cut|all that is left") as caught:  # untrained: all scales are 1
+        tpe.global_bn_scaling(pairs, amount=0.5)
+    ties, floors = sorted((str(each.message) for each in caught), key=lambda said: "all that is left" in said)
+    assert "score the same at the cut" in ties
+    assert "pairs[19], Conv2d.weight of shape (512, 512, 3, 3) (1 of 512)" in floors
+    assert all(each.filename == __file__ for each in caught)
     left = [int(conv.weight_mask.amax((1, 2, 3)).sum()) for conv, _ in pairs]
     assert sum(left) == sum(conv.out_channels for conv, _ in pairs) // 2
     assert min(left) >= 1
@@ -226,7 +231,8 @@ def test_batch_norms_without_scales_and_pruned_layers():
     )  # fmt: skip
     expected = [(model[2], model[3]), (model[5], model[6])]
     assert tpe.bn_pairs(model, IMAGES) == expected
-    tpe.global_bn_scaling(expected, amount=0.3)
+    model[3].weight.data = torch.tensor([0.5, 0.1])
+    tpe.global_bn_scaling(expected, amount=1)
     assert tpe.bn_pairs(model, IMAGES) == expected
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import toys
 from globally import (
     FUNCTIONS,
     ROWS,
@@ -20,6 +21,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torchprune_ext as tpe
+
+pytestmark = toys.unwarned
 
 
 def no_module(args, i):

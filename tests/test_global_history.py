@@ -5,11 +5,14 @@ import types
 
 import pytest
 import torch
+import toys
 from globally import NM_ROW, ROWS, dense_mask, every_function, owner, ready
 from torch import nn
 from torch.nn.utils import prune
 
 import torchprune_ext as tpe
+
+pytestmark = toys.unwarned
 
 
 def reachable(root):

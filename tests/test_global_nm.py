@@ -7,6 +7,7 @@ from fractions import Fraction
 import oracles
 import pytest
 import torch
+import toys
 from cases import (
     DTYPES,
     build,
@@ -28,6 +29,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torchprune_ext as tpe
+
+pytestmark = toys.unwarned
 
 
 def vertices(points):
@@ -109,6 +112,7 @@ def test_the_best_n_of_each_tensor(even, data):
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        toys.ignore()
         tpe.global_nm_structured(weights(*layers), **args, **asked)
     assert torch.equal(torch.get_rng_state(), state)
     chosen = []

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import toys
 from cases import (
     build,
     flat,
@@ -33,6 +34,8 @@ from torch.nn.utils import prune
 
 import torchprune_ext as tpe
 
+pytestmark = toys.unwarned
+
 # ------------------------------------------------------------------------------------------------ drawn models
 
 
@@ -56,6 +59,7 @@ def test_the_whole_list_is_pruned_as_by_sorting_it(row, data):
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        toys.ignore()
         assert row.function(params, **budget, **args) is None
     assert torch.equal(torch.get_rng_state(), state)
     for modules, mask, part in zip(model.ordered(), expected, parts, strict=True):

@@ -6,11 +6,14 @@ import warnings
 import oracles
 import pytest
 import torch
+import toys
 from cases import CASES, DTYPES, LAYOUTS, NM_STRUCTURED, alive, build, draw_tensor, flat, layout, output_axis, rescaled
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
+
+pytestmark = toys.unwarned
 
 SHAPES = {
     1: st.tuples(st.integers(0, 9)),

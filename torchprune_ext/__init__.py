@@ -32,8 +32,9 @@ from torchprune_ext.global_pruning import (
     global_obd_saliency,
     global_unstructured,
     global_vector_ln,
+    mask_zeros,
 )
-from torchprune_ext.lifecycle import pruned_parameters, remove, remove_all, undo, undo_all
+from torchprune_ext.lifecycle import history, pruned_parameters, remove, remove_all, undo, undo_all
 from torchprune_ext.methods import (
     BlockLn,
     BNScaling,
@@ -86,7 +87,9 @@ __all__ = [
     "global_unstructured",
     "global_vector_ln",
     "gradient_magnitude",
+    "history",
     "kernel_ln",
+    "mask_zeros",
     "masks",
     "nm_structured",
     "obd_saliency",

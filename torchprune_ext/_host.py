@@ -3,10 +3,14 @@
 A pruned tensor ``weight`` is a parameter ``weight_orig``, a buffer ``weight_mask``, an attribute ``weight`` that holds
 their product, and a forward-pre-hook that renews the product. Parameter and mask are the truth here; the hook and the
 attribute are made from them, so that a module whose hook was lost can still be pruned, restored and made permanent.
+
+Parameter and mask alone do not make a tensor pruned, as a layer that masks its own weights may call them the same. The
+host's hook decides. Where it was lost (a native call that failed has deleted it), the product must be there, and
+neither the module's class nor a hook of the user's may name the mask: they would apply it themselves.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +22,11 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from torchprune_ext._checks import check_tensor, errors_about
+from torchprune_ext._checks import check_tensor, errors_about, warn
 from torchprune_ext._fingerprints import Fingerprint
 
 Table = dict[Any, Any] | list[Any] | set[Any]
+PLENTY = 0.05  # share of exact zeros that training does not leave
 Contents = tuple[dict[str, Any], list[tuple[Table, Table]], list[tuple[nn.Parameter, Tensor]]]
 
 
@@ -48,12 +53,12 @@ class Target:
         """Find tensor ``name`` of ``module``.
 
         Raises:
-            TypeError: ``module`` is no module, ``name`` no string, or the tensor is not real floating point.
-            ValueError: ``name`` is no parameter of the module, or is on the meta device.
+            TypeError: ``module`` is not a module, ``name`` not a string, or the tensor is not real floating point.
+            ValueError: ``name`` is not a parameter of the module, or one that a mask does not fit: on the meta device,
+                not yet initialized, sharded, sparse, quantized, made in inference mode, or of a scripted module.
         """
-        target = cls.found(module, name)
-        dense = name.removesuffix("_orig")
-        if dense != name and f"{dense}_mask" in module._buffers:
+        target, dense = cls.found(module, name), name.removesuffix("_orig")
+        if dense != name and getattr(cls.found(module, dense), "mask", None) is not None:
             raise ValueError(
                 f"{type(module).__name__}.{name} holds the dense values of {dense!r}, which is pruned. "
                 f"Pass name={dense!r} to prune it further."
@@ -78,27 +83,33 @@ class Target:
             )
         if isinstance(target.parameter, UninitializedParameter):
             raise ValueError(f"{type(module).__name__}.{name} has no shape yet. Run one forward first, then prune.")
-        if hasattr(target.parameter, "device_mesh"):
-            raise ValueError(
-                f"{target.where} is a DTensor, already sharded over a device mesh, and the host's mask would not be. "
-                "Prune first, then call fully_shard or parallelize_module."
-            )
+        if (obstacle := _obstacle(name, target.parameter)) is not None:
+            raise ValueError(f"{target.where} {obstacle}")
         with errors_about(target.where):
             check_tensor(name, target.parameter, target.parameter.shape)
         return target
 
     @classmethod
     def found(cls, module: nn.Module, name: str) -> "Target | None":
-        """Find tensor ``name`` of ``module``; None if it is no parameter. Errors of type as in :meth:`of`."""
+        """Find tensor ``name`` of ``module``; None if it is not a parameter, nor pruned by the host.
+
+        Errors of type as in :meth:`of`.
+        """
         if not isinstance(module, nn.Module):
             raise TypeError(f"module={module!r} is a {type(module).__name__}. Pass the torch.nn.Module to prune.")
         if not isinstance(name, str):
             raise TypeError(f"name={name!r} is a {type(name).__name__}. Pass the parameter's name, e.g. 'weight'.")
+        if isinstance(module, torch.jit.ScriptModule):
+            return None
         parameter = module._parameters.get(name)
         if parameter is not None:
             return cls(module, name, parameter, None)
         parameter, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
-        return None if parameter is None or mask is None else cls(module, name, parameter, mask)
+        if parameter is None or mask is None:
+            return None
+        target = cls(module, name, parameter, mask)
+        lost_its_hook = isinstance(vars(module).get(name), Tensor) and not _masks_by_itself(module, name)
+        return target if lost_its_hook or target.hook()[1] is not None else None
 
     @property
     def stored_name(self) -> str:
@@ -122,6 +133,28 @@ class Target:
                 return key, hook
         return None, None
 
+    def history(self) -> list[BasePruningMethod]:
+        """Return the methods that were applied to the tensor, oldest first; none where the hook was lost."""
+        _, hook = self.hook()
+        if hook is None:
+            return []
+        return [*hook] if isinstance(hook, PruningContainer) else [hook]
+
+    def told(self) -> list[str]:
+        """Return the history as the calls that made it; native methods have no words of their own for that."""
+        return [
+            repr(entry)
+            if type(entry).__repr__ is not object.__repr__
+            else told(type(entry).__name__, {key: value for key, value in vars(entry).items() if key[0] != "_"})
+            for entry in self.history()
+        ]
+
+
+def told(call: str, arguments: Mapping[str, Any]) -> str:
+    """Return a call in words, with ``...`` in the place of tensors."""
+    hidden = (Tensor, type(...))
+    return f"{call}({', '.join(f'{k}=...' if isinstance(v, hidden) else f'{k}={v!r}' for k, v in arguments.items())})"
+
 
 def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -> dict[int, Target]:
     """Find the tensors that ``params`` list, each once, keyed by their places in the list.
@@ -132,13 +165,17 @@ def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -
     """
     if isinstance(params, nn.Module) or not isinstance(params, Iterable):
         raise TypeError(
-            f"{param} is a {type(params).__name__}. Pass (module, name) pairs, e.g. [(model.fc1, 'weight')], or all "
-            "that prunable_parameters(model) or pruned_parameters(model) find."
+            f"{param} is a {type(params).__name__}. Pass (module, name) pairs, e.g. [(model.fc1, 'weight')], "
+            "prunable_parameters(model), or [(module, name) for _, module, name in pruned_parameters(model)]."
         )
     found: dict[tuple[nn.Module, str], tuple[int, Target]] = {}
     for place, pair in enumerate(params):
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-            raise TypeError(f"{param}[{place}]={pair!r} is no (module, name) pair, e.g. (model.fc1, 'weight').")
+            triple = isinstance(pair, (tuple, list)) and len(pair) == 3
+            raise TypeError(
+                f"{param}[{place}]={pair!r} is not a (module, name) pair, e.g. (model.fc1, 'weight')."
+                + " Pass [(module, name) for _, module, name in pruned_parameters(model)]." * triple
+            )
         with errors_about(f"{param}[{place}]"):
             target = Target.of(*pair)
         found.setdefault((target.module, target.name), (place, target))
@@ -148,10 +185,31 @@ def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -
 def pruned(model: nn.Module, *, recurse: bool = True) -> Iterator[Target]:
     """Yield the pruned tensors of ``model`` and, with ``recurse``, of all modules below it."""
     for module in model.modules() if recurse else [model]:
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # compiled: it holds no hooks, and tables of its own
         for stored in list(module._parameters):
             target = Target.found(module, stored.removesuffix("_orig"))
             if target is not None and target.stored_name == stored and target.mask is not None:
                 yield target
+
+
+def warn_of_zeros(targets: Mapping[str, Target]) -> None:
+    """Warn of tensors with so many zeros outside of their masks that they look pruned, by the words they stand under.
+
+    A tensor of zeros only was initialized so. What ranks weights takes zeros without a mask for the smallest living
+    ones, and what writes weights fills them in.
+    """
+    shares = []
+    for where, target in targets.items():
+        left = target.parameter.numel() if target.mask is None else int(target.mask.count_nonzero())
+        zeros = left - int(target.weight().count_nonzero())
+        if PLENTY * left < zeros < left:
+            shares.append(f"{where} ({zeros / left:.0%})")
+    if shares:
+        warn(
+            f"Zeros without a mask count as weights that are not pruned: {'; '.join(shares)}. If they were pruned, "
+            "call mask_zeros(params) first, or they are the first to be pruned again, or are filled in."
+        )
 
 
 def _refuse_two_masks(parts: Iterable[tuple[nn.Parameter, Tensor | None, str]]) -> None:
@@ -169,6 +227,8 @@ def _refuse_two_masks(parts: Iterable[tuple[nn.Parameter, Tensor | None, str]]) 
 def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[BasePruningMethod]:
     """Prune the targets with finished masks and put each method into the history, or change nothing.
 
+    Where all masks are there already, nothing is added to the history.
+
     Args:
         masks: target, method and mask, which has the target's shape and dtype and drops what is dropped already.
 
@@ -177,7 +237,8 @@ def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[B
     """
     hooks = []
     _refuse_two_masks((target.parameter, mask, target.where) for target, _, mask in masks)
-    with all_or_nothing(target.module for target, _, _ in masks):
+    news = not all(_stands(target, mask) for target, _, mask in masks)
+    with outside_of_inference(), all_or_nothing(target.module for target, _, _ in masks):
         for target, method, mask in masks:
             module, name = target.module, target.name
             method._tensor_name = name
@@ -186,8 +247,11 @@ def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[B
             key, earlier = target.hook()
             if _dense_fingerprint(target) is None and not changed_since_pruned(target):
                 vars(method)["_dense"] = Fingerprint.of(target.parameter)
-            hook = method if earlier is None else _stack(earlier, method)
-            module.register_buffer(f"{name}_mask", mask)
+            if earlier is not None and not news:
+                hook = earlier
+            else:
+                hook = method if earlier is None else _stack(earlier, method)
+            module.register_buffer(f"{name}_mask", _trainable(mask))
             setattr(module, name, hook.apply_mask(module))
             if key is None:
                 module.register_forward_pre_hook(hook)
@@ -254,17 +318,49 @@ def plain_entries(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
     return found
 
 
+def _stands(target: Target, mask: Tensor) -> bool:
+    """Return whether ``target`` is pruned by ``mask`` already."""
+    earlier = target.module._buffers.get(f"{target.name}_mask")
+    return target.hook()[1] is not None and earlier is not None and torch.equal(mask != 0, earlier != 0)
+
+
+def as_one(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> None:
+    """Let the history know that these tensors are pruned as one, so that :func:`rest_of` can tell what belongs to one.
+
+    All entries share one table of the tensors in words, as a hook should hold neither modules nor tensors.
+    """
+    if len(masks) > 1:
+        rest = {place: target.where for place, (target, _, _) in enumerate(masks)}
+        for place, (_, method, _) in enumerate(masks):
+            vars(method)["_as_one"] = (place, rest)
+
+
+def rest_of(targets: Iterable[Target]) -> list[str]:
+    """Return, in words, what was pruned as one with ``targets``, is not among them, and was not forgotten."""
+    parts = [part for target in targets for entry in target.history() if (part := getattr(entry, "_as_one", None))]
+    own = {(id(rest), place) for place, rest in parts}
+    tables = {id(rest): rest for _, rest in parts}.values()
+    return list(dict.fromkeys(where for t in tables for place, where in t.items() if (id(t), place) not in own))
+
+
+def forget(method: BasePruningMethod) -> None:
+    """Take the tensor of ``method`` out of those that are pruned as one."""
+    if (part := getattr(method, "_as_one", None)) is not None:
+        place, rest = part
+        rest.pop(place, None)
+
+
 def rewrite(values: Sequence[tuple[Target, Tensor, Tensor | None]]) -> None:
     """Give targets new dense values and, where not None, their modules a bias, or change nothing."""
-    with all_or_nothing(target.module for target, _, _ in values):
+    with outside_of_inference(), all_or_nothing(target.module for target, _, _ in values):
         for target, dense, bias in values:
             module, name = target.module, target.name
-            target.parameter.data = dense
+            target.parameter.data = _trainable(dense)
             old = module._parameters.get("bias")
             if bias is not None and old is not None:
-                old.data = bias
+                old.data = _trainable(bias)
             elif bias is not None:
-                module.bias = nn.Parameter(bias, requires_grad=target.parameter.requires_grad)
+                module.bias = nn.Parameter(_trainable(bias), requires_grad=target.parameter.requires_grad)
             if f"{name}_mask" in module._buffers:  # its hook may be lost
                 setattr(module, name, module.get_buffer(f"{name}_mask").to(dense.dtype) * target.parameter)
 
@@ -278,13 +374,17 @@ def uninstall(targets: Sequence[Target], *, keep_masked: bool) -> None:
     """
     if keep_masked:
         _refuse_two_masks((target.parameter, target.mask, target.where) for target in targets)
-    with all_or_nothing(target.module for target in targets):
+    histories = [target.history() for target in targets]
+    with outside_of_inference(), all_or_nothing(target.module for target in targets):
         for target in targets:
             module, name = target.module, target.name
             if keep_masked:
                 target.parameter.data = target.weight()
             _unhook(target)
             setattr(module, name, target.parameter)  # lets modules that cache their weights, as LSTM does, know
+    for entry in (entry for history in histories for entry in history):
+        if not keep_masked:
+            forget(entry)
 
 
 @contextmanager
@@ -293,7 +393,8 @@ def as_plain(model: nn.Module) -> Iterator[None]:
 
     Puts back what each module holds, its mode and pruning included, but no value that is written into a tensor.
     """
-    before = [(module, _contents(module)) for module in model.modules()]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(module, _contents(module)) for module in modules]
     weights: dict[tuple[int, int], nn.Parameter] = {}  # tied tensors stay tied
     try:
         for target in list(pruned(model)):
@@ -304,6 +405,11 @@ def as_plain(model: nn.Module) -> Iterator[None]:
     finally:
         for module, contents in before:
             _restore(module, contents)
+
+
+def outside_of_inference() -> AbstractContextManager[Any]:
+    """Leave inference mode, if it is on, as what is made in it can never be trained."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @contextmanager
@@ -358,6 +464,11 @@ def _unhook(target: Target) -> None:
     _rename(module, f"{name}_orig", name)
 
 
+def _trainable(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, or a copy if it was made in inference mode; to be called outside of that."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def _rename(module: nn.Module, old: str, new: str) -> None:
     """Rename a parameter and keep its place among the others."""
     items = [(new if key == old else key, value) for key, value in module._parameters.items()]
@@ -374,9 +485,63 @@ def _stack(earlier: BasePruningMethod, method: BasePruningMethod) -> PruningCont
     return container
 
 
+def _obstacle(name: str, parameter: nn.Parameter) -> str | None:
+    """Return why a mask would not fit ``parameter``, called ``name``, and what to do; None if it would."""
+    kind = type(parameter)
+    if hasattr(parameter, "device_mesh"):
+        return (
+            "is a DTensor, already sharded over a device mesh, and the host's mask would not be. "
+            "Prune first, then call fully_shard or parallelize_module."
+        )
+    if hasattr(parameter, "ds_id") or getattr(parameter, "_fsdp_flattened", False):
+        return (
+            "is a placeholder or a shard of DeepSpeed ZeRO-3 or FSDP, which does not hold all of its weights. "
+            "Prune first, then call deepspeed.initialize or wrap the model."
+        )
+    if parameter.layout != torch.strided:
+        return (
+            f"has layout={parameter.layout}, which a mask would not fit. "
+            f"Make it dense first: module.{name} = nn.Parameter(module.{name}.detach().to_dense())."
+        )
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return (
+            f"is a {kind.__name__}, which stands for weights in another format (quantized, sparse, or fake), and a "
+            "mask would not reach them. Prune first, then convert."
+        )
+    if parameter.is_inference():
+        return (
+            "was made inside torch.inference_mode(), so that it can never be trained. Make it anew outside of it: "
+            f"module.{name} = nn.Parameter(module.{name}.detach().clone())."
+        )
+    return None
+
+
+def _masks_by_itself(module: nn.Module, name: str) -> bool:
+    """Return whether the class of ``module``, or a hook of the user's on it, names the mask of ``name`` in its code."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, BasePruningMethod)]
+    classes = [kind for part in (module, *hooks) for kind in type(part).__mro__ if kind is not nn.Module]
+    members = [member for kind in classes for member in vars(kind).values()]
+    for function in (*members, *hooks, vars(module).get("forward")):
+        function = getattr(function, "fget", function)  # of a property
+        code = getattr(getattr(function, "__func__", function), "__code__", None)
+        if code is not None and {f"{name}_mask", "_mask"} & {*code.co_names, *code.co_consts}:
+            return True
+    return False
+
+
 def _why_not(module: nn.Module, name: str) -> str:
     """Return why tensor ``name`` of ``module`` cannot be pruned, and what can."""
     kind = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return (
+            "the module is scripted (torch.jit), so no hook can apply a mask. "
+            "Prune before scripting, and make it permanent by remove_all(model)."
+        )
+    if name not in module._parameters and {f"{name}_orig", f"{name}_mask"} <= {*module._parameters, *module._buffers}:
+        return (
+            f"{kind} computes name={name!r} from {name + '_orig'!r} by a mask of its own, not by torch.nn.utils.prune. "
+            f"Prune {name + '_orig'!r}, or what is zero in its own mask."
+        )
     if is_parametrized(module, name):
         parametrizations: Any = module.parametrizations
         parts = [n for n, _ in parametrizations[name].named_parameters(recurse=False)]

@@ -12,7 +12,7 @@ from torchprune_ext._checks import check_finite, check_tensor
 from torchprune_ext._host import Target
 from torchprune_ext.masks import unit_mask, units_alive
 from torchprune_ext.patterns import Channel
-from torchprune_ext.selection import Scores
+from torchprune_ext.selection import Cut, Scores
 
 
 def gradient_scores(target: Target, grad: Tensor | None) -> Scores:
@@ -88,6 +88,11 @@ def bn_masks(target: Target, bn: nn.Module, keep: Tensor, *, paired: bool) -> It
             patterns.setdefault((module, name), (partner, Channel()))
     for each, pattern in patterns.values():
         yield each, pattern, unit_mask(keep, pattern, each.parameter, each.mask)
+
+
+def tied_at(part: Scores, cut: Cut) -> int:
+    """Return how many living units of ``part`` score exactly what the cut lies at."""
+    return sum(int((part.at(index) == cut.value).count_nonzero()) for index in part.chunks())
 
 
 def output_channels(target: Target) -> Channel:

@@ -1,11 +1,11 @@
-"""What happens to pruned modules afterwards: find them, make pruning permanent, or take it back."""
+"""What happens to pruned modules afterwards: find them, tell their past, make pruning permanent, or take it back."""
 
 from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
-from torchprune_ext._checks import check_module
-from torchprune_ext._host import Target, pruned, targets_of, uninstall
+from torchprune_ext._checks import check_module, warn
+from torchprune_ext._host import Target, pruned, rest_of, targets_of, uninstall
 
 
 def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -34,6 +34,34 @@ def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield path, module, target.name
 
 
+def history(module: nn.Module, name: str) -> list[str]:
+    """Return the calls that pruned a tensor, oldest first, each as its name and arguments.
+
+    Args:
+        module: any module.
+        name: the tensor's name without suffix, e.g. ``"weight"``.
+
+    Returns:
+        One entry for each call, native ones included, that pruned more than was pruned before. Tensors are told by
+        ``...`` only. Empty for a tensor that is not pruned, and for one whose hook a failed native call has deleted.
+
+    Raises:
+        TypeError: ``module`` is not a module or ``name`` not a string.
+        ValueError: the module has no such tensor.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils import prune
+        >>> from torchprune_ext import nm_structured
+        >>> layer = prune.l1_unstructured(nn.Linear(8, 4), "weight", amount=0.2)
+        >>> _ = nm_structured(layer, "weight", 2, 4, importance_scores=torch.rand(4, 8))
+        >>> history(layer, "weight")
+        ['L1Unstructured(amount=0.2)', 'NMStructured(n=2, m=4, dim=1, pad=False, importance_scores=...)']
+    """
+    target = Target.found(module, name) or Target.of(module, name)  # which tells why there is no such tensor
+    return target.told()
+
+
 def remove(module: nn.Module, name: str) -> nn.Module:
     """Make pruning permanent: ``weight`` becomes a plain parameter again, with zeros where it was pruned.
 
@@ -47,6 +75,9 @@ def remove(module: nn.Module, name: str) -> nn.Module:
     Returns:
         The module.
 
+    Warns:
+        UserWarning: ``weight`` was written to since the last forward, as merging an adapter (LoRA) does, which is lost.
+
     Raises:
         TypeError: ``module`` is no module or ``name`` no string.
         ValueError: the tensor is not pruned.
@@ -57,7 +88,7 @@ def remove(module: nn.Module, name: str) -> nn.Module:
         >>> list(dict(layer.named_parameters())), int((layer.weight == 0).sum())
         (['weight', 'bias'], 2)
     """
-    uninstall([_only(module, name)], keep_masked=True)
+    _end([_only(module, name)], keep_masked=True)
     return module
 
 
@@ -71,6 +102,10 @@ def undo(module: nn.Module, name: str) -> nn.Module:
     Returns:
         The module; the parameter is the same object as before pruning.
 
+    Warns:
+        UserWarning: other tensors that the same call pruned as one with this (bias and BatchNorm of :func:`.bn_scaling`
+            and :func:`.global_bn_scaling`, the other places of a tied tensor) stay pruned; or as :func:`remove`.
+
     Raises:
         TypeError: ``module`` is no module or ``name`` no string.
         ValueError: the tensor is not pruned.
@@ -83,7 +118,7 @@ def undo(module: nn.Module, name: str) -> nn.Module:
         >>> layer.weight is weight, bool((layer.weight == dense).all())
         (True, True)
     """
-    uninstall([_only(module, name)], keep_masked=False)
+    _end([_only(module, name)], keep_masked=False)
     return module
 
 
@@ -107,7 +142,7 @@ def remove_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None 
         >>> list(remove_all(model).state_dict())
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
-    uninstall(_all(model, params), keep_masked=True)
+    _end(_all(model, params), keep_masked=True)
     return model
 
 
@@ -131,8 +166,33 @@ def undo_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None = 
         >>> any((p == 0).any() for p in undo_all(model).parameters())
         False
     """
-    uninstall(_all(model, params), keep_masked=False)
+    _end(_all(model, params), keep_masked=False)
     return model
+
+
+def _end(targets: list[Target], *, keep_masked: bool) -> None:
+    """Uninstall the pruning of ``targets``, and warn of what a user would not expect of that."""
+    written = [target.where for target in targets if _was_written(target)]
+    if written:
+        warn(
+            f"{'; '.join(written)}: the tensor was written to since the last forward, as it is not zero where its mask "
+            "is. Where an adapter (LoRA) was merged into it, that is lost, as the dense values count: end pruning "
+            "before you merge. Where a checkpoint was loaded, all is well."
+        )
+    if not keep_masked and (rest := rest_of(targets)):
+        warn(
+            f"undo of {'; '.join(target.where for target in targets)}: pruned as one with it, and still pruned, are "
+            f"{'; '.join(rest)}. Undo these too, or all at once by undo_all(model)."
+        )
+    uninstall(targets, keep_masked=keep_masked)
+
+
+def _was_written(target: Target) -> bool:
+    """Return whether the product of the last forward holds values that the host has not put there."""
+    product = vars(target.module).get(target.name)
+    if target.mask is None or not isinstance(product, Tensor) or product.shape != target.mask.shape:
+        return False
+    return bool((product.detach() != 0).logical_and_(target.mask == 0).any())
 
 
 def _pruned(module: nn.Module, name: str) -> Target | None:

@@ -151,7 +151,7 @@ def select_with_floors(parts: Sequence[Scores], k: int, floors: Sequence[int], r
         One cut for each of this process's parts.
     """
     shared = select_smallest(parts, k, ranks)
-    if not ranks.total(sum(not _keeps(*each) for each in zip(parts, shared, floors, strict=True))):
+    if not ranks.total(sum(not keeps(*each) for each in zip(parts, shared, floors, strict=True))):
         return shared
     most = [part.count_alive() - floor for part, floor in zip(parts, floors, strict=True)]
     lowest = [select_smallest([part], count)[0] for part, count in zip(parts, most, strict=True)]
@@ -187,7 +187,7 @@ def _ties(cut: Cut, start: int, scores: Tensor) -> int:
     return min(max(cut.position - start, 0), len(scores))
 
 
-def _keeps(part: Scores, cut: Cut, floor: int) -> bool:
+def keeps(part: Scores, cut: Cut, floor: int) -> bool:
     """Return whether ``cut`` leaves at least ``floor`` entries of ``part``; looks no further than it must."""
     for index in part.chunks():
         if floor <= 0:

@@ -6,10 +6,11 @@ of the earlier tensor is kept. Tensors that are the same object (tied weights) a
 same mask wherever they are listed.
 """
 
-from torchprune_ext.global_pruning import channels, entries, nm, units
+from torchprune_ext.global_pruning import channels, entries, nm, units, zeros
 from torchprune_ext.global_pruning.channels import *  # noqa: F403 - what its __all__ names
 from torchprune_ext.global_pruning.entries import *  # noqa: F403 - what its __all__ names
 from torchprune_ext.global_pruning.nm import *  # noqa: F403 - what its __all__ names
 from torchprune_ext.global_pruning.units import *  # noqa: F403 - what its __all__ names
+from torchprune_ext.global_pruning.zeros import *  # noqa: F403 - what its __all__ names
 
-__all__ = [*channels.__all__, *entries.__all__, *nm.__all__, *units.__all__]
+__all__ = [*channels.__all__, *entries.__all__, *nm.__all__, *units.__all__, *zeros.__all__]

@@ -20,14 +20,17 @@ from torchprune_ext._checks import (
     resolve_amount,
     warn,
 )
-from torchprune_ext._host import Target, all_or_nothing, install, targets_of
+from torchprune_ext._host import Target, all_or_nothing, as_one, install, targets_of, warn_of_zeros
 from torchprune_ext._ranks import Ranks
+from torchprune_ext._scoring import tied_at
 from torchprune_ext.masks import entry_mask
 from torchprune_ext.methods import GlobalPruning
-from torchprune_ext.selection import ALONE, CHUNK, Cut, Scores, select_with_floors
+from torchprune_ext.selection import ALONE, CHUNK, Cut, Scores, keeps, select_with_floors
 
 Params = Iterable[tuple[nn.Module, str]]
 PerParameter = Mapping[tuple[nn.Module, str], Tensor]
+MANY_TIES = 0.25  # share of the living units that may tie at the cut without a word
+LITTLE = 0.25  # share of a tensor's units that is little to be left of it
 Normalize = Literal["mean", "max", "sum"]
 
 
@@ -143,6 +146,7 @@ def prune(
         groups = groups_of(params, param)
         if process_group is None:
             refuse_empty(groups, param)
+        warn_of_zeros({listed.where: listed.target for listed in groups})
         parts = []
         for listed in groups:
             with errors_about(listed.where):
@@ -156,6 +160,8 @@ def prune(
     with ranks.together() if reduce else nullcontext():
         cuts = _cuts(budget, parts, units, ALONE if reduce else ranks)
     with ranks.together():
+        _warn_of_positions(call, units, groups, parts, cuts)
+        _warn_of_floors(call, units, budget, groups, parts, cuts)
         masks = [
             (listed, target, mask, arguments)
             for listed, part, cut in zip(groups, parts, cuts, strict=True)
@@ -182,6 +188,44 @@ def _cuts(budget: Budget, parts: Sequence[Scores], units: str, ranks: Ranks) -> 
     return select_with_floors(parts, k, floors, ranks)
 
 
+def _warn_of_positions(
+    call: str, units: str, groups: Sequence[Listed], parts: Sequence[Scores], cuts: Sequence[Cut]
+) -> None:
+    """Warn where so many units score the same at the cut that their order in the list decides which of them go."""
+    if not any(cut.position for cut in cuts):
+        return  # all of them go, or all stay
+    tied = [tied_at(part, cut) for part, cut in zip(parts, cuts, strict=True)]
+    alive = sum(part.count_alive() for part in parts)
+    if sum(tied) > MANY_TIES * alive:
+        where = "; ".join(listed.where for listed, count in zip(groups, tied, strict=True) if count)
+        warn(
+            f"{call}: {sum(tied)} of {alive} {units} score the same at the cut, so their places in the list decide "
+            f"which of them go: {where}. Scores that were not trained or measured do that. Train first, or pass others."
+        )
+
+
+def _warn_of_floors(
+    call: str,
+    units: str,
+    budget: Budget,
+    groups: Sequence[Listed],
+    parts: Sequence[Scores],
+    cuts: Sequence[Cut],
+) -> None:
+    """Warn of tensors of which this call leaves no more than their floor, where that is little."""
+    low = []
+    for listed, part, cut in zip(groups, parts, cuts, strict=True):
+        alive = part.count_alive()
+        floor = budget.floor(alive, len(part))
+        if 0 < floor < alive and floor <= LITTLE * len(part) and not keeps(part, cut, floor + 1):
+            low.append(f"{listed.where} ({floor} of {len(part)})")
+    if low:
+        warn(
+            f"{call}: min_keep={budget.min_keep!r} is all that is left of the {units} of {'; '.join(low)}. "
+            "Ask for less, pass a larger min_keep, or scores that compare across tensors."
+        )
+
+
 def install_all(call: str, budget: Budget, masks: Sequence[tuple[Listed, Target, Tensor, dict[str, Any]]]) -> None:
     """Install finished masks with a readable history, and name the tensors of the list that are emptied."""
     if not budget.min_keep:
@@ -194,7 +238,10 @@ def install_all(call: str, budget: Budget, masks: Sequence[tuple[Listed, Target,
         if emptied:
             warn(f"{call}: min_keep={budget.min_keep!r} lets be emptied: {'; '.join(emptied)}.")
     told = budget.arguments()
-    install([(target, GlobalPruning(call, **told, **more), mask) for _, target, mask, more in masks])
+    entries = [(target, GlobalPruning(call, **told, **more), mask) for _, target, mask, more in masks]
+    for listed in dict.fromkeys(listed for listed, *_ in masks):
+        as_one([entry for entry, (other, *_) in zip(entries, masks, strict=True) if other is listed])
+    install(entries)
 
 
 def spread_entries(target: Target, part: Scores, cut: Cut) -> Iterator[tuple[Target, Tensor]]:
@@ -215,6 +262,11 @@ def scores_for(importance_scores: PerParameter, target: Target) -> Tensor:
     scores = listed_for("importance_scores", importance_scores, target)
     check_scores("importance_scores", scores, target.parameter.shape)
     return scores.detach().to(target.parameter.device)
+
+
+def given(**tensors: PerParameter | None) -> dict[str, Any]:
+    """Return what the history tells of optional ``tensors``: that they were passed."""
+    return {param: ... for param, value in tensors.items() if value is not None}
 
 
 def listed_for(param: str, tensors: PerParameter, target: Target) -> Tensor:

@@ -49,6 +49,7 @@ def global_bn_scaling(
         >>> import torch
         >>> import torchprune_ext as tpe
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3))
+        >>> _ = model[1].weight.data.copy_(torch.tensor([0.9, 0.1, 0.8, 0.2]))  # as training would
         >>> global_bn_scaling(tpe.bn_pairs(model, torch.ones(1, 1, 8, 8)), amount=0.5)
         >>> int(model[0].weight_mask.amax((1, 2, 3)).sum())
         2

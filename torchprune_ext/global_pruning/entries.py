@@ -10,6 +10,7 @@ from torchprune_ext.global_pruning.budget import (
     Budget,
     Params,
     PerParameter,
+    given,
     listed_for,
     prune,
     scores_for,
@@ -74,7 +75,8 @@ def global_unstructured(
         return Scores.of(identity, scores_for(importance_scores, target), alive=target.mask)
 
     budget = Budget(amount, target_sparsity, min_keep)
-    prune("global_unstructured", params, budget, "entries", score, spread_entries, process_group, reduce)
+    told = given(importance_scores=importance_scores)
+    prune("global_unstructured", params, budget, "entries", score, spread_entries, process_group, reduce, **told)
 
 
 def global_gradient_magnitude(

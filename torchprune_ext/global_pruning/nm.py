@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torchprune_ext._checks import check_whole, errors_about
-from torchprune_ext._host import all_or_nothing
+from torchprune_ext._host import all_or_nothing, warn_of_zeros
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._reduction import reduction_axis
 from torchprune_ext.global_pruning.budget import (
@@ -15,6 +15,7 @@ from torchprune_ext.global_pruning.budget import (
     Listed,
     Params,
     PerParameter,
+    given,
     groups_of,
     install_all,
     refuse_empty,
@@ -82,6 +83,7 @@ def global_nm_structured(
         groups = groups_of(params)
         if process_group is None:
             refuse_empty(groups)
+        warn_of_zeros({listed.where: listed.target for listed in groups})
         parts = []
         for listed in groups:
             with errors_about(listed.where):
@@ -107,7 +109,8 @@ def global_nm_structured(
                 mask = finish(nm_mask(scores, replace(along, n=n), listed.target.mask), like)
             else:
                 mask = torch.zeros_like(like, requires_grad=False)
-            masks += [(listed, target, mask, {"n": n, "m": m, "dim": along.dim}) for target in listed.everywhere()]
+            told = {"n": n, "m": m, "dim": along.dim, **given(importance_scores=importance_scores)}
+            masks += [(listed, target, mask, told) for target in listed.everywhere()]
         install_all("global_nm_structured", budget, masks)
 
 

@@ -17,6 +17,7 @@ from torchprune_ext.global_pruning.budget import (
     Normalize,
     Params,
     PerParameter,
+    given,
     prune,
     weights_or_scores,
 )
@@ -68,7 +69,7 @@ def global_kernel_ln(
         >>> from torch import nn
         >>> import torchprune_ext as tpe
         >>> model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 5))
-        >>> global_kernel_ln(tpe.prunable_parameters(model), amount=0.5)
+        >>> global_kernel_ln(tpe.prunable_parameters(model), amount=0.5, normalize="max")
         >>> sum(int(conv.weight_mask.amax((2, 3)).sum()) for conv in model)  # of 8 + 8 kernels
         8
     """
@@ -197,7 +198,7 @@ def global_ln_structured(
         >>> from torch import nn
         >>> import torchprune_ext as tpe
         >>> model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 5))
-        >>> global_ln_structured(tpe.prunable_parameters(model), amount=0.5, dim=0)
+        >>> global_ln_structured(tpe.prunable_parameters(model), amount=0.5, dim=0, normalize="max")
         >>> sum(int(conv.weight_mask.amax((1, 2, 3)).sum()) for conv in model)  # of 4 + 4 filters
         4
     """
@@ -236,7 +237,8 @@ def _prune_units(
     def spread(target: Target, part: Scores, cut: Cut) -> Iterator[tuple[Target, Tensor]]:
         yield target, unit_mask(kept(part, cut), pattern, target.parameter, target.mask)
 
-    prune(call, params, budget, pattern.units, score, spread, process_group, n=n, **arguments, normalize=normalize)
+    told = {"n": n, **arguments, "normalize": normalize, **given(importance_scores=importance_scores)}
+    prune(call, params, budget, pattern.units, score, spread, process_group, **told)
 
 
 def _normalized(norms: Tensor, normalize: str | None, n: float, entries: int) -> Tensor:

@@ -11,7 +11,7 @@ from torchprune_ext._checks import (
     check_scores,
     errors_about,
 )
-from torchprune_ext._host import Target, install
+from torchprune_ext._host import Target, install, told, warn_of_zeros
 from torchprune_ext.masks import (
     finish,
 )
@@ -28,8 +28,7 @@ class Method(BasePruningMethod):
 
     def __repr__(self) -> str:
         """Return the call that made this, e.g. ``KernelLn(amount=0.3, n=2)``."""
-        arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
-        return f"{type(self).__name__}({arguments})"
+        return told(type(self).__name__, {key: value for key, value in vars(self).items() if key[0] != "_"})
 
     @classmethod
     def apply(
@@ -56,6 +55,8 @@ class Method(BasePruningMethod):
         with errors_about(target.where):
             method = cls(*args, **kwargs)
             mask = method._mask(target, importance_scores)
+        if importance_scores is not None:
+            vars(method)["importance_scores"] = ...  # for the history
         return method._install(target, mask)
 
     def _mask(self, target: Target, importance_scores: Tensor | None) -> Tensor:
@@ -71,6 +72,8 @@ class Method(BasePruningMethod):
 
     def _install(self, target: Target, mask: Tensor) -> BasePruningMethod:
         """Prune ``target`` with a finished mask and return its hook."""
+        if hasattr(self, "amount"):  # of what is not pruned yet
+            warn_of_zeros({target.where: target})
         return install([(target, self, mask)])[0]
 
 
@@ -82,7 +85,7 @@ class GlobalPruning(Method):
 
     Args:
         call: name of the function.
-        **arguments: its arguments, without tensors.
+        **arguments: its arguments, with ``...`` in the place of tensors.
     """
 
     PRUNING_TYPE = "global"
@@ -92,7 +95,7 @@ class GlobalPruning(Method):
 
     def __repr__(self) -> str:
         """Return the call."""
-        return f"{self.call}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
+        return told(self.call, self.arguments)
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         """Return ``default_mask``."""

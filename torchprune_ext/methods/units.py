@@ -13,7 +13,7 @@ from torchprune_ext._checks import (
     errors_about,
     resolve_amount,
 )
-from torchprune_ext._host import Target, install
+from torchprune_ext._host import Target, as_one, install, warn_of_zeros
 from torchprune_ext._reduction import reduction_axis
 from torchprune_ext._scoring import bn_masks, bn_scores
 from torchprune_ext.masks import (
@@ -125,7 +125,7 @@ class KernelLn(_Units):
     Example:
         >>> import torch
         >>> conv = torch.nn.Conv2d(2, 1, 2)
-        >>> _ = conv.weight.data.copy_(torch.tensor([[[[1.0, 1.0], [1.0, 1.0]], [[3.0, 0.0], [0.0, 0.0]]]]))
+        >>> _ = conv.weight.data.copy_(torch.tensor([[[[1.0, 1.0], [1.0, 1.0]], [[3.0, 0.1], [0.1, 0.1]]]]))
         >>> _ = KernelLn.apply(conv, "weight", 0.5, n=2)
         >>> conv.weight_mask
         tensor([[[[0., 0.],
@@ -161,7 +161,7 @@ class VectorLn(_Units):
     Example:
         >>> import torch
         >>> layer = torch.nn.Linear(2, 2)
-        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 1.0], [-3.0, 0.0]]))
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 1.0], [-3.0, 0.1]]))
         >>> _ = VectorLn.apply(layer, "weight", 1, n=2, dim=1)
         >>> layer.weight_mask
         tensor([[0., 0.],
@@ -283,6 +283,8 @@ class BNScaling(Method):
                 (each, cls(amount, pattern.dim, pattern.groups), mask)
                 for each, pattern, mask in bn_masks(target, bn, keep, paired=paired)
             ]
+        warn_of_zeros({target.where: target})
+        as_one(masks)
         return install(masks)[0]
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
