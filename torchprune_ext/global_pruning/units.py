@@ -69,9 +69,9 @@ def global_kernel_ln(
         >>> from torch import nn
         >>> import torchprune_ext as tpe
         >>> model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 5))
-        >>> global_kernel_ln(tpe.prunable_parameters(model), amount=0.5, normalize="max")
+        >>> global_kernel_ln(tpe.prunable_parameters(model), amount=0.25)
         >>> sum(int(conv.weight_mask.amax((2, 3)).sum()) for conv in model)  # of 8 + 8 kernels
-        8
+        12
     """
     budget = Budget(amount, target_sparsity, min_keep)
     _prune_units("global_kernel_ln", params, budget, Kernel, n, importance_scores, normalize, process_group)
@@ -198,9 +198,9 @@ def global_ln_structured(
         >>> from torch import nn
         >>> import torchprune_ext as tpe
         >>> model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 5))
-        >>> global_ln_structured(tpe.prunable_parameters(model), amount=0.5, dim=0, normalize="max")
+        >>> global_ln_structured(tpe.prunable_parameters(model), amount=0.25, dim=0)
         >>> sum(int(conv.weight_mask.amax((1, 2, 3)).sum()) for conv in model)  # of 4 + 4 filters
-        4
+        6
     """
     budget = Budget(amount, target_sparsity, min_keep)
     _prune_units(
