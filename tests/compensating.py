@@ -10,6 +10,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 from torch import nn
 from torch.nn.utils import prune
 
@@ -23,6 +24,7 @@ prune_and_compensate = functools.partial(tpe.prune_and_compensate, progress=Fals
 prune_in_rounds = functools.partial(tpe.prune_in_rounds, progress=False)
 sparsegpt = functools.partial(tpe.sparsegpt, progress=False)
 MARKS = [  # of every file of tests of compensation
+    *toys.unwarned,
     pytest.mark.usefixtures("no_thread_left"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
     pytest.mark.filterwarnings("ignore:fewer rows of data than the layer has inputs"),

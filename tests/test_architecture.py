@@ -21,6 +21,7 @@ ORDER = [
     "_fingerprints",
     "selection",
     "masks",
+    "_obstacles",
     "_host",
     "_reduction",
     "_layers",
@@ -54,7 +55,7 @@ ORDER = [
     "plots",
 ]  # the map of CONTRIBUTING.md, from the ground up; a package's __init__ stands behind its last module
 # _host knows how a module stores masks; the others read the keys of state dicts and of files
-KNOW_THE_HOST = {"_host", "compensation.reference", "deploy.checkpoint", "deploy.slots"}
+KNOW_THE_HOST = {"_host", "_obstacles", "compensation.reference", "deploy.checkpoint", "deploy.slots"}
 HEAVY = ["matplotlib", "torchvision", "sklearn", "numpy.testing", "hypothesis", "tqdm", "torch._dynamo"]
 
 

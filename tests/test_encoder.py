@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import toys
 from globally import weights
 from torch import nn
 
 import torchprune_ext as tpe
+
+pytestmark = toys.unwarned
 
 
 def encoder():
@@ -64,6 +67,8 @@ def test_a_pruned_transformer_encoder_computes_and_trains(function):
 def test_all_layers_of_a_transformer_encoder_can_be_pruned_for_inference():
     model = encoder().eval()
     params = tpe.prunable_parameters(model)
+    assert len(params) == 4
+    params += tpe.prunable_parameters(model, types=nn.modules.linear.NonDynamicallyQuantizableLinear)  # out_proj
     assert len(params) == 6
     tpe.global_unstructured(params, amount=0.5)
     with torch.no_grad():

@@ -23,7 +23,7 @@ def test_native_calls_and_ours_in_order_after_one_and_after_many():
     prune.custom_from_mask(layer, "weight", torch.eye(4, 8))
     assert tpe.history(layer, "weight") == [
         "L1Unstructured(amount=0.2)",
-        "NMStructured(n=2, m=4, dim=1, pad=False)",
+        "NMStructured(n=2, m=4, dim=1, pad=False, groups=1)",
         "LnStructured(amount=1, n=2, dim=0)",
         "CustomFromMask(mask=...)",
     ]
@@ -45,7 +45,7 @@ def test_scores_that_were_given_are_told():
     scores = {(module, "weight"): torch.rand(4, 8) for module in (layer, other)}
     tpe.global_unstructured(weights(layer, other), amount=0.1, importance_scores=scores)
     tpe.global_vector_ln(weights(layer, other), amount=1, importance_scores=scores, min_keep=0)
-    tpe.global_nm_structured(weights(layer, other), 2, amount=0.2, importance_scores=scores)
+    tpe.global_nm_structured(weights(layer, other), m=2, amount=0.2, importance_scores=scores)
     told = tpe.history(layer, "weight")
     assert told[0] == "VectorLn(amount=1, n=2, dim=-1, importance_scores=...)"
     assert all(call.endswith("importance_scores=...)") for call in told)

@@ -240,7 +240,7 @@ class Trained(nn.Module):
 @pytest.mark.parametrize("source", ["a copy", "a state dict"])
 def test_the_reference_is_the_whole_dense_model_after_training(source):
     model = build(Trained, dtype=torch.float32)
-    params, dense = tpe.prunable_parameters(model), copy.deepcopy(model).eval()
+    params, dense = [(model.a, "weight"), (model.b, "weight")], copy.deepcopy(model).eval()
     values = tpe.dense_values(model, params)
     reference = SOURCES[source](model, params)
     tpe.global_unstructured(params, target_sparsity=0.6)

@@ -238,7 +238,7 @@ IN_INFERENCE = {
     "entries": lambda layer: tpe.gradient_magnitude(layer, "weight", 0.5, grad=torch.rand(4, 8)),
     "groups": lambda layer: tpe.nm_structured(layer, "weight", 2, 4),
     "global": lambda layer: tpe.global_unstructured(weights(layer), amount=0.5),
-    "global groups": lambda layer: tpe.global_nm_structured(weights(layer), 4, amount=0.5),
+    "global groups": lambda layer: tpe.global_nm_structured(weights(layer), amount=0.5, m=4),
     "zeros": lambda layer: tpe.mask_zeros(weights(layer)),
     "on top of native": lambda layer: (native_inside(layer), tpe.vector_ln(layer, "weight", 1)),
 }

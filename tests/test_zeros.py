@@ -129,7 +129,7 @@ def test_five_rounds_that_are_made_permanent(masked):
 CALLS = {
     "global_unstructured": lambda params: tpe.global_unstructured(params, amount=0.1),
     "global_vector_ln": lambda params: tpe.global_vector_ln(params, amount=2),
-    "global_nm_structured": lambda params: tpe.global_nm_structured(params, 4, amount=0.2),
+    "global_nm_structured": lambda params: tpe.global_nm_structured(params, amount=0.2, m=4),
     "vector_ln": lambda params: tpe.vector_ln(params[-1][0], "weight", amount=1),
     "gradient_magnitude": lambda params: tpe.gradient_magnitude(
         params[-1][0], "weight", amount=1, grad=torch.rand(20, 20)

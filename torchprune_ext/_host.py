@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from torchprune_ext._checks import check_tensor, errors_about, warn
 from torchprune_ext._fingerprints import Fingerprint
+from torchprune_ext._obstacles import masks_by_itself, obstacle, why_not
 
 Table = dict[Any, Any] | list[Any] | set[Any]
 PLENTY = 0.05  # share of exact zeros that training does not leave
@@ -64,7 +64,7 @@ class Target:
                 f"Pass name={dense!r} to prune it further."
             )
         if target is None:
-            raise ValueError(f"{type(module).__name__}.{name}: {_why_not(module, name)}")
+            raise ValueError(f"{type(module).__name__}.{name}: {why_not(module, name)}")
         legacy = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
         if any(name.startswith(f"{hook.name}_") for hook in legacy):
             raise ValueError(
@@ -83,8 +83,8 @@ class Target:
             )
         if isinstance(target.parameter, UninitializedParameter):
             raise ValueError(f"{type(module).__name__}.{name} has no shape yet. Run one forward first, then prune.")
-        if (obstacle := _obstacle(name, target.parameter)) is not None:
-            raise ValueError(f"{target.where} {obstacle}")
+        if (reason := obstacle(name, target.parameter)) is not None:
+            raise ValueError(f"{target.where} {reason}")
         with errors_about(target.where):
             check_tensor(name, target.parameter, target.parameter.shape)
         return target
@@ -108,7 +108,7 @@ class Target:
         if parameter is None or mask is None:
             return None
         target = cls(module, name, parameter, mask)
-        lost_its_hook = isinstance(vars(module).get(name), Tensor) and not _masks_by_itself(module, name)
+        lost_its_hook = isinstance(vars(module).get(name), Tensor) and not masks_by_itself(module, name)
         return target if lost_its_hook or target.hook()[1] is not None else None
 
     @property
@@ -185,12 +185,15 @@ def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -
 def pruned(model: nn.Module, *, recurse: bool = True) -> Iterator[Target]:
     """Yield the pruned tensors of ``model`` and, with ``recurse``, of all modules below it."""
     for module in model.modules() if recurse else [model]:
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # compiled: it holds no hooks, and tables of its own
-        for stored in list(module._parameters):
-            target = Target.found(module, stored.removesuffix("_orig"))
-            if target is not None and target.stored_name == stored and target.mask is not None:
-                yield target
+        yield from (target for target in targets_in(module) if target.mask is not None)
+
+
+def targets_in(module: nn.Module) -> Iterator[Target]:
+    """Yield all parameters that ``module`` itself owns, pruned or not, under their names without suffix."""
+    for stored, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+        target = Target.found(module, stored.removesuffix("_orig"))
+        is_it = target is not None and target.stored_name == stored
+        yield target if is_it and target is not None else Target(module, stored, parameter, None)
 
 
 def warn_of_zeros(targets: Mapping[str, Target]) -> None:
@@ -224,20 +227,23 @@ def _refuse_two_masks(parts: Iterable[tuple[nn.Parameter, Tensor | None, str]]) 
             )
 
 
-def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[BasePruningMethod]:
+def install(
+    masks: Sequence[tuple[Target, BasePruningMethod, Tensor]], *, values_change: bool = False
+) -> list[BasePruningMethod]:
     """Prune the targets with finished masks and put each method into the history, or change nothing.
 
-    Where all masks are there already, nothing is added to the history.
+    Where all masks are there already, nothing is added to the history, unless the call changes values too.
 
     Args:
         masks: target, method and mask, which has the target's shape and dtype and drops what is dropped already.
+        values_change: whether the same call gives the targets other values.
 
     Returns:
         The hook of each target: the method, or the container that ends with it.
     """
     hooks = []
     _refuse_two_masks((target.parameter, mask, target.where) for target, _, mask in masks)
-    news = not all(_stands(target, mask) for target, _, mask in masks)
+    news = values_change or not all(_stands(target, mask) for target, _, mask in masks)
     with outside_of_inference(), all_or_nothing(target.module for target, _, _ in masks):
         for target, method, mask in masks:
             module, name = target.module, target.name
@@ -306,15 +312,12 @@ def plain_entries(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
     """
     found: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        masked = {target.stored_name: target for target in pruned(module, recurse=False)}
-        masks = {f"{target.name}_mask" for target in masked.values()}
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or key in masks:
-                continue
-            target = masked.get(key)
-            plain = key if target is None else target.name
-            value = tensor if target is None else target.weight()
-            found[f"{path}.{plain}" if path else plain] = (module, plain, value)
+        targets = list(targets_in(module))
+        own = {target.name: target.weight() for target in targets}
+        masks = {f"{target.name}_mask" for target in targets if target.mask is not None}
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        own |= {key: buffer for key, buffer in buffers if key not in masks}
+        found |= {f"{path}.{key}" if path else key: (module, key, tensor) for key, tensor in own.items()}
     return found
 
 
@@ -483,82 +486,3 @@ def _stack(earlier: BasePruningMethod, method: BasePruningMethod) -> PruningCont
     for each in [*history[1:], method]:
         container.add_pruning_method(each)
     return container
-
-
-def _obstacle(name: str, parameter: nn.Parameter) -> str | None:
-    """Return why a mask would not fit ``parameter``, called ``name``, and what to do; None if it would."""
-    kind = type(parameter)
-    if hasattr(parameter, "device_mesh"):
-        return (
-            "is a DTensor, already sharded over a device mesh, and the host's mask would not be. "
-            "Prune first, then call fully_shard or parallelize_module."
-        )
-    if hasattr(parameter, "ds_id") or getattr(parameter, "_fsdp_flattened", False):
-        return (
-            "is a placeholder or a shard of DeepSpeed ZeRO-3 or FSDP, which does not hold all of its weights. "
-            "Prune first, then call deepspeed.initialize or wrap the model."
-        )
-    if parameter.layout != torch.strided:
-        return (
-            f"has layout={parameter.layout}, which a mask would not fit. "
-            f"Make it dense first: module.{name} = nn.Parameter(module.{name}.detach().to_dense())."
-        )
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return (
-            f"is a {kind.__name__}, which stands for weights in another format (quantized, sparse, or fake), and a "
-            "mask would not reach them. Prune first, then convert."
-        )
-    if parameter.is_inference():
-        return (
-            "was made inside torch.inference_mode(), so that it can never be trained. Make it anew outside of it: "
-            f"module.{name} = nn.Parameter(module.{name}.detach().clone())."
-        )
-    return None
-
-
-def _masks_by_itself(module: nn.Module, name: str) -> bool:
-    """Return whether the class of ``module``, or a hook of the user's on it, names the mask of ``name`` in its code."""
-    hooks = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, BasePruningMethod)]
-    classes = [kind for part in (module, *hooks) for kind in type(part).__mro__ if kind is not nn.Module]
-    members = [member for kind in classes for member in vars(kind).values()]
-    for function in (*members, *hooks, vars(module).get("forward")):
-        function = getattr(function, "fget", function)  # of a property
-        code = getattr(getattr(function, "__func__", function), "__code__", None)
-        if code is not None and {f"{name}_mask", "_mask"} & {*code.co_names, *code.co_consts}:
-            return True
-    return False
-
-
-def _why_not(module: nn.Module, name: str) -> str:
-    """Return why tensor ``name`` of ``module`` cannot be pruned, and what can."""
-    kind = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule):
-        return (
-            "the module is scripted (torch.jit), so no hook can apply a mask. "
-            "Prune before scripting, and make it permanent by remove_all(model)."
-        )
-    if name not in module._parameters and {f"{name}_orig", f"{name}_mask"} <= {*module._parameters, *module._buffers}:
-        return (
-            f"{kind} computes name={name!r} from {name + '_orig'!r} by a mask of its own, not by torch.nn.utils.prune. "
-            f"Prune {name + '_orig'!r}, or what is zero in its own mask."
-        )
-    if is_parametrized(module, name):
-        parametrizations: Any = module.parametrizations
-        parts = [n for n, _ in parametrizations[name].named_parameters(recurse=False)]
-        # of weight_norm's two, the second holds the directions; a single one is simply called "original"
-        return (
-            f"name={name!r} is computed by a parametrization. "
-            f"Prune what it is computed from: module.parametrizations.{name}, {parts[-1]!r}."
-        )
-    sources = [n for n in (f"{name}_v", f"{name}_orig") if n in module._parameters]
-    if sources:
-        return (
-            f"name={name!r} is no parameter but computed from {sources[0]!r} at every forward, by an old-style "
-            "weight_norm or spectral_norm. Use torch.nn.utils.parametrizations instead and prune what that computes "
-            f"from: 'original1' (weight_norm) or 'original' (spectral_norm) of module.parametrizations.{name}."
-        )
-    known = [n.removesuffix("_orig") for n, p in module.named_parameters(recurse=False)]
-    if name in module._parameters:
-        return f"name={name!r} is None in this {kind}. Choose one of {known}."
-    hint = f"Choose one of {known}." if known else "It has none of its own; pass the submodule that owns it."
-    return f"name={name!r} is no parameter of this {kind}. {hint}"

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from torchprune_ext._checks import check_module, warn
-from torchprune_ext._host import Target, pruned
+from torchprune_ext._host import Target, pruned, targets_in
 
 NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # whose weight is not a factor of a product
 
@@ -66,12 +66,9 @@ def prunable_parameters(
     owners: dict[int, list[tuple[nn.Module, str]]] = {}  # of each parameter, by all its names
     parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for stored, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            parameters[id(parameter)] = parameter
-            pruned_as = stored.removesuffix("_orig")
-            target = None if pruned_as == stored else Target.found(module, pruned_as)
-            is_pruned = target is not None and target.stored_name == stored
-            owners.setdefault(id(parameter), []).append((module, pruned_as if is_pruned else stored))
+        for target in targets_in(module):
+            parameters[id(target.parameter)] = target.parameter
+            owners.setdefault(id(target.parameter), []).append((module, target.name))
 
     found: dict[tuple[nn.Module, str], None] = {}
     total, left_out = 0, dict[tuple[type[nn.Module], str], int]()  # entries of matrices

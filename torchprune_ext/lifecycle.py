@@ -56,7 +56,7 @@ def history(module: nn.Module, name: str) -> list[str]:
         >>> layer = prune.l1_unstructured(nn.Linear(8, 4), "weight", amount=0.2)
         >>> _ = nm_structured(layer, "weight", 2, 4, importance_scores=torch.rand(4, 8))
         >>> history(layer, "weight")
-        ['L1Unstructured(amount=0.2)', 'NMStructured(n=2, m=4, dim=1, pad=False, importance_scores=...)']
+        ['L1Unstructured(amount=0.2)', 'NMStructured(n=2, m=4, dim=1, pad=False, groups=1, importance_scores=...)']
     """
     target = Target.found(module, name) or Target.of(module, name)  # which tells why there is no such tensor
     return target.told()

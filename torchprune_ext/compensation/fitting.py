@@ -175,7 +175,9 @@ class Task:
                     old = dense.get((id(target.module._parameters), target.name), target.parameter)
                     remember_dense(target, old)
             entries = [(each.target, entry(each.target), each.mask) for each in found]
-            install([(target, method, mask) for target, method, mask in entries if method is not None])
+            install(
+                [(target, method, mask) for target, method, mask in entries if method is not None], values_change=True
+            )
             rewrite([(each.target, each.weight, each.bias) for each in found])
 
     def _warn(self, fits: Fits, few: Sequence[str]) -> None:

@@ -62,9 +62,9 @@ def prune_in_rounds(
         >>> import torchprune_ext as tpe
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
         >>> params, data = tpe.prunable_parameters(model), [(torch.randn(64, 8), None)]
-        >>> def wanda(model):
-        ...     return tpe.calibration.activations(model, data, params, progress=False)
-        >>> fits = tpe.prune_in_rounds(model, data, params, wanda, target_sparsity=0.75, steps=3, progress=False)
+        >>> def magnitude(model):
+        ...     return {(module, name): module.weight.detach().abs() for module, name in params}
+        >>> fits = tpe.prune_in_rounds(model, data, params, magnitude, target_sparsity=0.75, steps=3, progress=False)
         >>> sum(int(layer.weight_mask.sum()) for layer, _ in params)  # of 96
         24
     """

@@ -153,9 +153,9 @@ def global_block_ln(
         >>> from torch import nn
         >>> import torchprune_ext as tpe
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-        >>> global_block_ln(tpe.prunable_parameters(model), amount=3, block=4)
+        >>> global_block_ln(tpe.prunable_parameters(model), amount=2, block=4)
         >>> sum(int(layer.weight_mask.sum()) for layer in model)  # of 4 + 2 blocks of 16 entries
-        48
+        64
     """
     budget = Budget(amount, target_sparsity, min_keep)
     _prune_units("global_block_ln", params, budget, Block, n, importance_scores, normalize, process_group, block=block)

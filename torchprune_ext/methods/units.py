@@ -202,7 +202,7 @@ class BlockLn(_Units):
     Example:
         >>> import torch
         >>> layer = torch.nn.Linear(4, 2)
-        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 1.0, 3.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 1.0, 3.0, 0.1], [1.0, 1.0, 0.1, 0.1]]))
         >>> _ = BlockLn.apply(layer, "weight", 1, block=2)
         >>> layer.weight_mask
         tensor([[0., 0., 1., 1.],
