@@ -7,64 +7,24 @@ that gradients are dense: they tell what a pruned entry would be worth too. The 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchprune_ext._checks import check_finite, check_module, check_whole
+from torchprune_ext._batches import Batch, Options, check_options, is_leaf, read, tree_map, with_progress
+from torchprune_ext._checks import check_finite, check_module
 from torchprune_ext._host import Target, as_plain, targets_of
 from torchprune_ext._ranks import Ranks
+
+__all__ = ["Batch", "Key", "LossFn", "Options", "Run", "Statistics", "add", "calibrating", "tree_map", "with_progress"]
 
 PER_SAMPLE = 1 << 24  # most numbers in the gradients of the samples that are computed at once
 Key = tuple[nn.Module, str]
 LossFn = Callable[[Any, Any], Tensor]
 Statistics = dict[Key, Tensor]
-
-
-class Options(TypedDict, total=False):
-    """How the data is read; the same for all functions of :mod:`torchprune_ext.calibration`.
-
-    Args:
-        prepare: turns a batch of the loader into ``(inputs, targets)``; not needed for batches that are such pairs, or
-            dictionaries, which are passed to the model as keywords and to the loss as targets.
-        max_batches: stop after so many batches.
-        progress: show a progress bar, which needs ``tqdm``; by default if that is installed.
-        keep_rng: put torch's random state back to what it was.
-        process_group: ``torch.distributed`` group whose ranks call this together, each with its own share of the data
-            and a replica of the model; all get the statistics of all data.
-        sample_mask: from a batch of the loader to a bool tensor, False where the leading axes of an input hold no
-            sample, as for padded tokens.
-    """
-
-    prepare: Callable[[Any], tuple[Any, Any]] | None
-    max_batches: int | None
-    progress: bool | None
-    keep_rng: bool
-    process_group: Any
-    sample_mask: Callable[[Any], Tensor] | None
-
-
-class Batch:
-    """Inputs and targets on the model's device, and how many samples they hold."""
-
-    def __init__(self, batch: Any, prepare: Callable[[Any], tuple[Any, Any]] | None, device: torch.device) -> None:
-        if prepare is not None:
-            batch = prepare(batch)
-        elif isinstance(batch, Mapping):
-            batch = (batch, batch)
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise TypeError(
-                f"loader gave a {type(batch).__name__}, not (inputs, targets) or a dictionary. "
-                "Pass prepare= to turn a batch into (inputs, targets)."
-            )
-        self.inputs, self.targets = (tree_map(lambda leaf: leaf.to(device), part) for part in batch)
-        sizes = [leaf.shape[0] for leaf in leaves(self.inputs) if leaf.dim()]
-        if not sizes or not sizes[0]:
-            raise ValueError("loader gave a batch without samples. Drop empty batches, or pass prepare=.")
-        self.size = sizes[0]
 
 
 class Run:
@@ -84,35 +44,30 @@ class Run:
         self.names = [names[id(tensor)] for tensor in self.tensors]
         self.ranks = Ranks(options.get("process_group"))
         self.vectorized, self.reached = True, False
+        self.device = self.tensors[0].device
 
     def zeros(self) -> list[Tensor]:
         """Return a zero for each tensor, at least float32, to sum up in."""
         return [torch.zeros_like(t, dtype=wide(t.dtype)) for t in self.tensors]
 
     def batches(self, loader: Iterable[Any], what: str) -> Iterator[Batch]:
-        """Yield the batches that the options ask for; an empty loader is refused."""
-        most = self.options.get("max_batches")
-        if most is not None:
-            check_whole("max_batches", most, 1)
-        device = self.tensors[0].device
-        count = 0
-        for raw in with_progress(loader, what, most, self.options.get("progress")):
-            yield Batch(raw, self.options.get("prepare"), device)
-            count += 1
-            if count == most:
-                break
-        if not count:
-            raise ValueError("loader gave no batch. Pass data, or a loader that is not exhausted.")
+        """Yield the batches that the options ask for, under a progress bar called ``what``; none at all is refused."""
+        for raw in read(loader, self.options, what):
+            yield Batch(raw, self.options, self.device)
 
-    def output(self, inputs: Any) -> Any:
-        """Return what the model makes of ``inputs``."""
-        if isinstance(inputs, Mapping):
-            return self.model(**inputs)
-        return self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
+    def output(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Any:
+        """Return what the model, or the model with other ``parameters``, makes of ``inputs``."""
+        keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+        plain = not isinstance(inputs, (Mapping, tuple, list)) or is_leaf(inputs)
+        arguments = () if keywords else (inputs,) if plain else tuple(inputs)
+        if parameters is None:
+            return self.model(*arguments, **keywords)
+        return functional_call(self.model, parameters, arguments, keywords)
 
     def loss(self, loss_fn: LossFn, batch: Batch) -> Tensor:
         """Return the loss of ``batch``; anything but a finite number is refused."""
-        return check_loss(loss_fn(self.output(batch.inputs), batch.targets))
+        _, targets = batch.size, batch.targets  # refuses a batch without
+        return check_loss(loss_fn(self.output(batch.inputs), targets))
 
     def grads(
         self, scalar: Tensor, tensors: Sequence[Tensor] | None = None, *, create_graph: bool = False
@@ -157,9 +112,9 @@ class Run:
             scalar: from the model's output for one sample (with a batch axis of 1) and that sample's part of
                 ``extra`` to a number.
             batch: the samples.
-            extra: tree of tensors with a row for each sample.
+            extra: a tensor with a row for each sample; None for the targets of the batch.
         """
-        self.check_reached(scalar, batch, extra)
+        self.check_reached(scalar, batch, batch.targets if extra is None else extra)
         step = min(batch.size, PER_SAMPLE // max(1, sum(tensor.numel() for tensor in self.tensors)))
         if step > 1 and self.vectorized:
             try:
@@ -173,26 +128,29 @@ class Run:
                     yield self._vectorized(scalar, batch, extra, slice(start, start + step))
                 return
         for i in range(batch.size):
-            inputs, rest = part(batch.inputs, slice(i, i + 1)), part(extra, slice(i, i + 1))
+            inputs, targets = batch.part(slice(i, i + 1))
+            rest = targets if extra is None else extra[i : i + 1]
             found = self.grads(check_loss(scalar(self.output(inputs), rest)))
             yield [gradient.unsqueeze(0).to(wide(gradient.dtype)) for gradient in found]
 
     def _vectorized(
         self, scalar: Callable[[Any, Any], Tensor], batch: Batch, extra: Any, samples: slice
     ) -> list[Tensor]:
-        def one(named: dict[str, Tensor], inputs: Any, rest: Any) -> Tensor:
-            inputs, rest = part(inputs, None), part(rest, None)
-            if isinstance(inputs, Mapping):
-                return check_shape(scalar(functional_call(self.model, named, kwargs=dict(inputs)), rest))
-            args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-            return check_shape(scalar(functional_call(self.model, named, args), rest))
+        given, axes, alone = batch.split(samples)
+        if any(is_leaf(leaf) for leaf in given):
+            raise NotImplementedError("the inputs are a PackedSequence")
+
+        def one(named: dict[str, Tensor], given: list[Tensor], rest: Tensor | None) -> Tensor:
+            inputs, targets = alone(given)
+            return check_shape(scalar(self.output(inputs, named), targets if rest is None else rest.unsqueeze(0)))
 
         detached = {name: tensor.detach() for name, tensor in zip(self.names, self.tensors, strict=True)}
-        inputs, rest = part(batch.inputs, samples), part(extra, samples)
-        per_sample = vmap(grad_and_value(one), in_dims=(None, axes(inputs), axes(rest)), randomness="different")
+        rest = None if extra is None else extra[samples]
+        in_dims = (None, axes, None if extra is None else 0)
+        per_sample = vmap(grad_and_value(one), in_dims=in_dims, randomness="different")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # still faster than one by one
-            found, losses = per_sample(detached, inputs, rest)
+            found, losses = per_sample(detached, given, rest)
         check_loss(losses.to(wide(losses.dtype)).sum())
         return [found[name].to(wide(found[name].dtype)) for name in self.names]
 
@@ -213,11 +171,9 @@ def calibrating(model: nn.Module, params: Iterable[Key], options: Options) -> It
     ``keep_rng`` the random state. Gradients are not touched.
     """
     check_module("model", model)
-    unknown = set(options) - set(Options.__annotations__)
-    if unknown:
-        raise TypeError(f"unknown arguments {sorted(unknown)}. Known: {sorted(Options.__annotations__)}.")
     with ExitStack() as stack:
         stack.enter_context(Ranks(options.get("process_group")).together())
+        check_options(options)
         stack.enter_context(torch.random.fork_rng() if options.get("keep_rng") else nullcontext())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -273,55 +229,9 @@ def check_shape(loss: Tensor) -> Tensor:
     return loss.reshape(())
 
 
-def tree_map(change: Callable[[Tensor], Any], tree: Any, other: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
-    """Return ``tree`` (nested dictionaries, tuples and lists) with ``change`` of its tensors, ``other`` of the rest."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: tree_map(change, value, other) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        found = [tree_map(change, value, other) for value in tree]
-        return type(tree)(*found) if hasattr(tree, "_fields") else type(tree)(found)  # a named tuple takes its fields
-    return other(tree)
-
-
-def part(tree: Any, index: slice | int | None) -> Any:
-    """Return ``leaf[index]`` for all tensors of ``tree``."""
-    return tree_map(lambda leaf: leaf[index], tree)
-
-
-def axes(tree: Any) -> Any:
-    """Return ``tree`` with the axis of its samples, for ``vmap``, in place of each tensor; None for all else."""
-    return tree_map(lambda _: 0, tree, lambda _: None)
-
-
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to sum up values of ``dtype`` in."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def leaves(tree: Any) -> list[Tensor]:
-    """Return the tensors of ``tree`` in order."""
-    found: list[Tensor] = []
-    tree_map(found.append, tree)
-    return found
-
-
-def with_progress(loader: Iterable[Any], what: str, most: int | None, progress: bool | None) -> Iterable[Any]:
-    """Return ``loader`` with a progress bar called ``what``, if ``progress`` and what is installed allow it."""
-    if progress is False:
-        return loader
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ImportError as error:
-        if progress is None:
-            return loader
-        raise ImportError("progress=True needs tqdm: pip install torchprune-ext[progress]") from error
-    total = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
-    bar: Iterable[Any] = tqdm(
-        loader, desc=what, total=most if total is None else min(total, most or total), leave=False
-    )
-    return bar
 
 
 def add(sums: list[Tensor], values: Iterable[Tensor], weight: float = 1) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 from typing_extensions import Unpack
 
+from torchprune_ext._batches import leaves, tree_map
 from torchprune_ext._checks import check_fraction, check_whole
 from torchprune_ext._host import targets_of
 from torchprune_ext._runs import (
@@ -17,8 +18,6 @@ from torchprune_ext._runs import (
     Statistics,
     add,
     calibrating,
-    leaves,
-    tree_map,
 )
 from torchprune_ext.masks import identity
 from torchprune_ext.schedules import geometric

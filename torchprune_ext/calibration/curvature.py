@@ -20,7 +20,6 @@ from torchprune_ext._runs import (
     calibrating,
     check_loss,
     check_shape,
-    part,
     wide,
 )
 
@@ -179,17 +178,22 @@ def _loss_roots(run: Run, loss_fn: LossFn, batch: Batch) -> Tensor:
             )
     check_loss(loss_fn(output, batch.targets))
 
-    def curvature(one: Tensor, target: Any) -> Tensor:
+    given, axes, alone = batch.split(slice(None))
+
+    def curvature(one: Tensor, given: list[Any]) -> Tensor:
+        _, targets = alone(given)
+
         def loss(z: Tensor) -> Tensor:
-            return check_shape(loss_fn(z.unsqueeze(0), part(target, None)))
+            return check_shape(loss_fn(z.unsqueeze(0), targets))
 
         second: Tensor = jacrev(jacrev(loss))(one)
         return second.reshape(width, width)
 
     try:
-        matrices: Tensor = vmap(curvature)(output, batch.targets)
+        matrices: Tensor = vmap(curvature, in_dims=(0, axes))(output, given)
     except (RuntimeError, NotImplementedError, ValueError):
-        matrices = torch.stack([curvature(z, part(batch.targets, i)) for i, z in enumerate(output)])
+        each = ([leaf.select(axis, i) for leaf, axis in zip(given, axes, strict=True)] for i in range(batch.size))
+        matrices = torch.stack([curvature(z, one) for z, one in zip(output, each, strict=True)])
     values, vectors = torch.linalg.eigh(matrices.to(wide(matrices.dtype)))
     roots: Tensor = vectors.mT * values.clamp_min(0).sqrt().unsqueeze(-1)
     return roots

@@ -100,7 +100,7 @@ def taylor(
                 grads = run.grads(run.loss(loss_fn, batch))
                 add(sums, ((g * t).abs() for g, t in zip(grads, run.tensors, strict=True)), batch.size)
             else:
-                for each in run.sample_grads(loss_fn, batch, batch.targets):
+                for each in run.sample_grads(loss_fn, batch, None):
                     add(sums, ((g * t).abs().sum(0) for g, t in zip(each, run.tensors, strict=True)))
             count += batch.size
     return run.mean(sums, count)
@@ -140,7 +140,7 @@ def fisher(
     with calibrating(model, params, options) as run:
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "fisher"):
-            for each in run.sample_grads(loss_fn, batch, batch.targets):
+            for each in run.sample_grads(loss_fn, batch, None):
                 add(sums, (g.square().sum(0) for g in each))
             count += batch.size
     return run.mean(sums, count)
