@@ -26,6 +26,7 @@ ORDER = [
     "_reduction",
     "_layers",
     "_batches",
+    "_rehearsal",
     "_runs",
     "_rows",
     "_scoring",

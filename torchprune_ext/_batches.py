@@ -296,10 +296,24 @@ class Batch:
         flat, spec = _flat((self.inputs, self._targets))
         return flat, lambda changed: pytree.tree_unflatten(changed, spec)
 
-    def part(self, samples: slice) -> tuple[Any, Any]:
-        """Return inputs and targets of some samples."""
+    def gathered(self, *some: slice) -> tuple[Any, Any]:
+        """Return inputs and targets of the samples in each of ``some``, one behind the other."""
         flat, whole = self.tensors()
-        return whole([take(leaf, samples, axis) for leaf, axis in zip(flat, self.axes, strict=True)])
+        return whole([_gather(leaf, some, axis) for leaf, axis in zip(flat, self.axes, strict=True)])
+
+    def with_first_behind(self) -> Any:
+        """Return the inputs with the first sample behind them, as many times as there are samples."""
+        return self.gathered(slice(None), *[slice(0, 1)] * self.size)[0]
+
+    @property
+    def seen(self) -> bool:
+        """Whether the axes of all tensors were seen from their shapes."""
+        return self.given is SEEN or self.given is None
+
+    def placed(self) -> Iterator[tuple[str, Any, int | None]]:
+        """Yield name, leaf and axis of the samples of all leaves."""
+        for (name, leaf, _, _), axis in zip(self._named(), self.axes, strict=True):
+            yield name, leaf, axis
 
     def split(self, samples: slice) -> tuple[list[Any], list[int], Callable[[list[Any]], tuple[Any, Any]]]:
         """Return some samples for ``torch.vmap``: what has samples, on which axes, and how it becomes a batch of one.
@@ -315,20 +329,6 @@ class Batch:
 
         given = [leaf for leaf, axis in zip(flat, axes, strict=True) if axis is not None]
         return given, [axis for axis in axes if axis is not None], one
-
-    def joined(self, *others: slice) -> tuple[Any, Any]:
-        """Return inputs and targets with more samples behind, copies of those in each of ``others``."""
-        flat, whole = self.tensors()
-        return whole(
-            [
-                leaf if axis is None else torch.cat([leaf, *(take(leaf, some, axis) for some in others)], axis)
-                for leaf, axis in zip(flat, self.axes, strict=True)
-            ]
-        )
-
-    def with_first_behind(self) -> Any:
-        """Return the inputs with the first sample behind them, as many times as there are samples."""
-        return self.joined(*[slice(0, 1)] * self.size)[0]
 
 
 PAIR = "not (inputs, targets) or a dictionary. Pass prepare= to turn a batch into (inputs, targets)."
@@ -413,12 +413,19 @@ def _length(leaf: Any, axis: Any) -> int | None:
 
 def take(leaf: Any, samples: slice, axis: int | None) -> Any:
     """Return some samples of ``leaf``."""
+    return _gather(leaf, (samples,), axis)
+
+
+def _gather(leaf: Any, some: tuple[slice, ...], axis: int | None) -> Any:
+    """Return the samples of ``leaf`` in each of ``some``, one behind the other."""
     if axis is None:
         return leaf
     if isinstance(leaf, PackedSequence):
-        return pack_sequence(unpack_sequence(leaf)[samples], enforce_sorted=False)
-    start, stop, _ = samples.indices(leaf.size(axis))
-    return leaf.narrow(axis, start, stop - start)
+        each = unpack_sequence(leaf)
+        return pack_sequence([row for samples in some for row in each[samples]], enforce_sorted=False)
+    ranges = [samples.indices(leaf.size(axis))[:2] for samples in some]
+    parts = [leaf.narrow(axis, start, stop - start) for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def bool_mask(mask: Any) -> Tensor:

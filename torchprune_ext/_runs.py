@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
 from torchprune_ext._batches import Batch, Options, check_options, is_leaf, read, tree_map, with_progress
 from torchprune_ext._checks import check_finite, check_module
 from torchprune_ext._host import Target, as_plain, targets_of
 from torchprune_ext._ranks import Ranks
+from torchprune_ext._rehearsal import Rehearsal, lost
 
 __all__ = ["Batch", "Key", "LossFn", "Options", "Run", "Statistics", "add", "calibrating", "tree_map", "with_progress"]
 
@@ -33,8 +35,11 @@ class Run:
     Use :func:`calibrating` to open one.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], options: Options) -> None:
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], options: Options, loss_fn: LossFn | None = None
+    ) -> None:
         self.model, self.options = model, options
+        self.loss_fn: LossFn = loss_fn if loss_fn is not None else _no_loss
         self.keys: list[Key] = [(target.module, target.name) for target in targets]
         self.tensors = [target.parameter for target in targets]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -43,8 +48,9 @@ class Run:
                 raise ValueError(f"params holds {type(module).__name__}.{name}, which is no part of the model.")
         self.names = [names[id(tensor)] for tensor in self.tensors]
         self.ranks = Ranks(options.get("process_group"))
-        self.vectorized, self.reached = True, False
+        self.vectorized, self.reached, self.rehearsed = True, False, False
         self.device = self.tensors[0].device
+        self.written: _Written | None = None
 
     def zeros(self) -> list[Tensor]:
         """Return a zero for each tensor, at least float32, to sum up in."""
@@ -61,13 +67,46 @@ class Run:
         plain = not isinstance(inputs, (Mapping, tuple, list)) or is_leaf(inputs)
         arguments = () if keywords else (inputs,) if plain else tuple(inputs)
         if parameters is None:
-            return self.model(*arguments, **keywords)
+            with self.written.first_forward() if self.written and self.written.others else nullcontext():
+                return self.model(*arguments, **keywords)
         return functional_call(self.model, parameters, arguments, keywords)
 
-    def loss(self, loss_fn: LossFn, batch: Batch) -> Tensor:
-        """Return the loss of ``batch``; anything but a finite number is refused."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss of ``batch``; anything but a finite number is refused, and so is a sum over samples."""
+        loss = check_depends(self._loss(batch))
+        if not self.rehearsed:
+            self.rehearsed = True
+            with self._aside():
+                self._rehearsal(batch).refuse_sum()
+        return loss
+
+    def _loss(self, batch: Batch) -> Tensor:
         _, targets = batch.size, batch.targets  # refuses a batch without
-        return check_loss(loss_fn(self.output(batch.inputs), targets))
+        return check_loss(self.loss_fn(self.output(batch.inputs), targets))
+
+    def check_samples(self, batch: Batch) -> None:
+        """Refuse, once, tensors that the loss does not depend on, and a loss that is no mean over single samples."""
+        if not self.reached:
+            self.grads(self._loss(batch))  # torch.func would give zeros for them
+            self.reached = True
+        if not self.rehearsed:
+            self.rehearsed = batch.size > 1  # a single one tells less
+            with self._aside():
+                self._rehearsal(batch).refuse_mixed()
+
+    def _rehearsal(self, batch: Batch) -> Rehearsal:
+        dtypes = {tensor.dtype for tensor in self.tensors}
+        if torch.is_autocast_enabled(self.device.type):
+            dtypes.add(torch.get_autocast_dtype(self.device.type))
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        return Rehearsal(self.output, lambda output, targets: check_shape(self.loss_fn(output, targets)), batch, eps)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Let a rehearsal build no graph and draw no random number of the pass."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
 
     def grads(
         self, scalar: Tensor, tensors: Sequence[Tensor] | None = None, *, create_graph: bool = False
@@ -79,42 +118,46 @@ class Run:
             tensors: what stands in for the tensors, once for each name; by default the tensors themselves.
             create_graph: let the gradients be differentiable.
         """
-        if not scalar.requires_grad:
-            raise ValueError("loss_fn gave a value that depends on no parameter. Compute it from the model's output.")
-        found = torch.autograd.grad(
-            scalar,
-            self.tensors if tensors is None else tensors,
-            create_graph=create_graph,
-            retain_graph=create_graph,
-            allow_unused=True,
-        )
+        check_depends(scalar)
+        try:
+            found = torch.autograd.grad(
+                scalar,
+                self.tensors if tensors is None else tensors,
+                create_graph=create_graph,
+                retain_graph=create_graph,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ValueError(
+                "model uses reentrant activation checkpointing, which has no gradients for chosen tensors. Call "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off."
+            ) from error
         names = self.names if tensors is None else dict.fromkeys(self.names)
         for name, gradient in zip(names, found, strict=True):
             if gradient is None:
                 raise ValueError(f"params holds {name}, which the loss does not depend on. Leave it out.")
         return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in found]
 
-    def differentiable_grads(self, loss_fn: LossFn, batch: Batch) -> list[Tensor]:
+    def differentiable_grads(self, batch: Batch) -> list[Tensor]:
         """Return the gradient of the loss of ``batch`` for each tensor, to be differentiated again."""
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
-            return self.grads(self.loss(loss_fn, batch), create_graph=True)
+            return self.grads(self.loss(batch), create_graph=True)
 
-    def check_reached(self, scalar: Callable[[Any, Any], Tensor], batch: Batch, extra: Any) -> None:
-        """Refuse tensors that ``scalar`` does not depend on, once; torch.func would give zeros for them."""
-        if not self.reached:
-            self.grads(check_loss(scalar(self.output(batch.inputs), extra)))
-            self.reached = True
-
-    def sample_grads(self, scalar: Callable[[Any, Any], Tensor], batch: Batch, extra: Any) -> Iterator[list[Tensor]]:
+    def sample_grads(
+        self, batch: Batch, scalar: Callable[[Any, Any], Tensor] | None = None, extra: Tensor | None = None
+    ) -> Iterator[list[Tensor]]:
         """Yield, for some samples at a time, the gradients of each sample, shape ``(samples, *tensor.shape)``.
 
         Args:
-            scalar: from the model's output for one sample (with a batch axis of 1) and that sample's part of
-                ``extra`` to a number.
             batch: the samples.
-            extra: a tensor with a row for each sample; None for the targets of the batch.
+            scalar: from the model's output for one sample (with a batch axis of 1) and that sample's row of ``extra``
+                to a number; by default the loss, of output and targets.
+            extra: a row for each sample.
         """
-        self.check_reached(scalar, batch, batch.targets if extra is None else extra)
+        self.check_samples(batch)
+        scalar = self.loss_fn if scalar is None else scalar
         step = min(batch.size, PER_SAMPLE // max(1, sum(tensor.numel() for tensor in self.tensors)))
         if step > 1 and self.vectorized:
             try:
@@ -128,13 +171,13 @@ class Run:
                     yield self._vectorized(scalar, batch, extra, slice(start, start + step))
                 return
         for i in range(batch.size):
-            inputs, targets = batch.part(slice(i, i + 1))
-            rest = targets if extra is None else extra[i : i + 1]
-            found = self.grads(check_loss(scalar(self.output(inputs), rest)))
+            inputs, targets = batch.gathered(slice(i, i + 1))
+            loss = check_shape(scalar(self.output(inputs), targets if extra is None else extra[i : i + 1]))
+            found = self.grads(check_losses(loss.reshape(1), i)[0])
             yield [gradient.unsqueeze(0).to(wide(gradient.dtype)) for gradient in found]
 
     def _vectorized(
-        self, scalar: Callable[[Any, Any], Tensor], batch: Batch, extra: Any, samples: slice
+        self, scalar: Callable[[Any, Any], Tensor], batch: Batch, extra: Tensor | None, samples: slice
     ) -> list[Tensor]:
         given, axes, alone = batch.split(samples)
         if any(is_leaf(leaf) for leaf in given):
@@ -151,8 +194,21 @@ class Run:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # still faster than one by one
             found, losses = per_sample(detached, given, rest)
-        check_loss(losses.to(wide(losses.dtype)).sum())
+        check_losses(losses, samples.start)
         return [found[name].to(wide(found[name].dtype)) for name in self.names]
+
+    def refuse_zeros(self, found: Mapping[Key, Tensor], weights: Sequence[Tensor] | None = None) -> None:
+        """Refuse a statistic that is 0 in every entry of a tensor, unless its ``weights`` are, by which it is scaled.
+
+        Such a tensor would be the first to go, though nothing is known of it.
+        """
+        for place, (name, scores) in enumerate(zip(self.names, found.values(), strict=True)):
+            if scores.numel() and not scores.any() and (weights is None or weights[place].any()):
+                raise ValueError(
+                    f"params holds {name}, whose statistic is 0 in every entry: here the loss of no sample changes "
+                    "with it, as behind dead units or factors of 0, or where the loss is constant (a contrastive loss "
+                    "of a single sample) or at its minimum. Repair that, or leave it out."
+                )
 
     def mean(self, sums: list[Tensor], count: float) -> dict[Key, Tensor]:
         """Divide ``sums`` over all ranks by ``count`` over all ranks; keyed as native pruning wants scores."""
@@ -164,7 +220,9 @@ class Run:
 
 
 @contextmanager
-def calibrating(model: nn.Module, params: Iterable[Key], options: Options) -> Iterator[Run]:
+def calibrating(
+    model: nn.Module, params: Iterable[Key], options: Options, loss_fn: LossFn | None = None
+) -> Iterator[Run]:
     """Open a :class:`Run` over the tensors ``params`` of ``model`` and put everything back at its end.
 
     What is put back, also after an error: the mode of each module, buffers, pruning, ``requires_grad``, and with
@@ -174,6 +232,9 @@ def calibrating(model: nn.Module, params: Iterable[Key], options: Options) -> It
     with ExitStack() as stack:
         stack.enter_context(Ranks(options.get("process_group")).together())
         check_options(options)
+        if loss_fn is not None:
+            _check_loss_options(loss_fn, options)
+        _refuse_lazy(model)
         stack.enter_context(torch.random.fork_rng() if options.get("keep_rng") else nullcontext())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -187,9 +248,11 @@ def calibrating(model: nn.Module, params: Iterable[Key], options: Options) -> It
                 "params=[] lists no tensor. Pass (module, name) pairs, e.g. of prunable_parameters(model)."
             )
         stack.enter_context(as_plain(model))
-        stack.enter_context(_same_buffers(model))  # the masks are none of them now
+        written = _Written(model)  # the masks are none of its buffers now
+        stack.callback(written.restore)
         model.eval()
-        run = Run(model, [Target.of(target.module, target.name) for target in targets], options)
+        run = Run(model, [Target.of(target.module, target.name) for target in targets], options, loss_fn)
+        run.written = written
         flags = [(tensor, tensor.requires_grad) for tensor in run.tensors]
         try:
             for tensor, _ in flags:
@@ -200,17 +263,78 @@ def calibrating(model: nn.Module, params: Iterable[Key], options: Options) -> It
                 tensor.requires_grad_(flag)
 
 
-@contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back the values of all buffers."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
+def _no_loss(output: Any, targets: Any) -> Tensor:
+    raise TypeError("no loss_fn was given.")
+
+
+def _check_loss_options(loss_fn: LossFn, options: Options) -> None:
+    """Refuse a loss that cannot be called, and what only calls without a loss take."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is a {type(loss_fn).__name__}. Pass a function of the output and the targets.")
+    if options.get("sample_mask") is not None:
+        raise TypeError(
+            "sample_mask= is for calls without a loss. Here the loss decides what counts: let loss_fn leave padding "
+            "out, as cross_entropy does where the labels are -100."
+        )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a module has tensors without shape, which its first forward would make."""
+    for name, module in model.named_modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"model.{name}, a {type(module).__name__}, has no shape yet. Run one forward first, then calibrate."
+                )
+
+
+class _Written:
+    """The values of what a forward may write into: buffers, tensors that modules hold, renormalized embeddings.
+
+    Other parameters are compared once, before and after the first forward, and remembered if that changed them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.others: list[Tensor] = []
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        for module in model.modules():
+            renormalized = getattr(module, "max_norm", None) is not None
+            for tensor in module._parameters.values():
+                if tensor is not None and not renormalized:
+                    self.others.append(tensor)
+            always = [*module._buffers.values(), *vars(module).values()]
+            for tensor in (*always, *(module._parameters.values() if renormalized else ())):
+                if isinstance(tensor, Tensor):
+                    self._keep(tensor, tensor.detach().clone())
+        self.others = [tensor for tensor in self.others if id(tensor) not in self.kept]
+
+    def _keep(self, tensor: Tensor, value: Tensor) -> None:
+        self.kept.setdefault(id(tensor), (tensor, value))
+
+    @contextmanager
+    def first_forward(self) -> Iterator[None]:
+        """Find out, around the first forward, which other parameters it writes into."""
+        others, self.others = self.others, []
+        values = [tensor.detach().clone() for tensor in others]
+        try:
+            yield
+        finally:
+            for tensor, value in zip(others, values, strict=True):
+                if not _equal(tensor, value):
+                    self._keep(tensor, value)
+
+    def restore(self) -> None:
+        """Put all values back, with shape and dtype."""
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # else a graph that has saved it stays valid
-                    buffer.copy_(value)
+            for tensor, value in self.kept.values():
+                if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
+                    tensor.data = value
+                elif not _equal(tensor, value):  # else a graph that has saved it stays valid
+                    tensor.copy_(value)
+
+
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    return tensor.shape == value.shape and tensor.dtype == value.dtype and torch.equal(tensor, value)
 
 
 def check_loss(loss: Tensor) -> Tensor:
@@ -219,6 +343,22 @@ def check_loss(loss: Tensor) -> Tensor:
     if not torch.isfinite(loss.detach()):
         raise ValueError(f"loss_fn gave {loss.item()}. Check the data and the model's output for NaN and infinity.")
     return loss
+
+
+def check_depends(loss: Tensor) -> Tensor:
+    """Return ``loss`` if it has a gradient, else raise."""
+    if not loss.requires_grad:
+        raise ValueError("loss_fn gave a value that depends on no parameter. Compute it from the model's output.")
+    return loss
+
+
+def check_losses(losses: Tensor, first: int) -> Tensor:
+    """Return ``losses``, of sample ``first`` and those behind it, if they are finite, else raise."""
+    finite = torch.isfinite(losses.detach())
+    if not finite.all():
+        i = int(finite.logical_not().nonzero()[0])
+        raise ValueError(lost(first + i) if losses[i].isnan() else f"loss_fn gave inf for sample {first + i} alone.")
+    return losses
 
 
 def check_shape(loss: Tensor) -> Tensor:

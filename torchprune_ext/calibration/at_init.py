@@ -54,10 +54,10 @@ def snip(
         >>> snip(layer, lambda out, _: out.sum(), [(torch.tensor([[1.0, -3.0]]), None)], [(layer, "weight")])
         {(Linear(in_features=2, out_features=1, bias=False), 'weight'): tensor([[0.2500, 0.7500]])}
     """
-    with calibrating(model, params, options) as run:
+    with calibrating(model, params, options, loss_fn) as run:
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "snip"):
-            add(sums, run.grads(run.loss(loss_fn, batch)), batch.size)
+            add(sums, run.grads(run.loss(batch)), batch.size)
             count += batch.size
         weights = [tensor.detach() for tensor in run.tensors]
     scores = [(g * w).abs() for g, w in zip(run.mean(sums, count).values(), weights, strict=True)]
@@ -100,18 +100,18 @@ def grasp(
         >>> grasp(layer, nn.functional.mse_loss, data, [(layer, "weight")])[layer, "weight"]
         tensor([[ 0., 60.]])
     """
-    with calibrating(model, params, options) as run:
+    with calibrating(model, params, options, loss_fn) as run:
         if isinstance(loader, Iterator):
             raise TypeError("loader is an iterator, but grasp reads the data twice. Pass a list or a DataLoader.")
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "grasp, gradient"):
-            add(sums, run.grads(run.loss(loss_fn, batch)), batch.size)
+            add(sums, run.grads(run.loss(batch)), batch.size)
             count += batch.size
     gradient = run.mean(sums, count)
-    with calibrating(model, run.keys, options) as run:
+    with calibrating(model, run.keys, options, loss_fn) as run:
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "grasp, Hessian"):
-            grads = run.differentiable_grads(loss_fn, batch)
+            grads = run.differentiable_grads(batch)
             pairs = dict(zip(run.names, zip(grads, gradient.values(), strict=True), strict=True))  # tied ones once
             inner = torch.stack([(g * fixed.to(g)).sum() for g, fixed in pairs.values()]).sum()
             if inner.requires_grad:

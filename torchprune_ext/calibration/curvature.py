@@ -92,17 +92,17 @@ def hessian_diagonal(
         >>> hessian_diagonal(layer, nn.functional.mse_loss, data, [(layer, "weight")])[layer, "weight"].round()
         tensor([[ 2., 10.]])
     """
-    with calibrating(model, params, options) as run:
+    with calibrating(model, params, options, loss_fn) as run:
         if samples is not None:
             check_whole("samples", samples, 1)
         if generator is None:  # probes of its own for each rank, as the ranks' errors shall not add up
             generator = torch.Generator().manual_seed(run.ranks.rank)
         if method == "hutchinson":
-            sums, variances, count = _hutchinson(run, loss_fn, loader, samples or 100, generator)
+            sums, variances, count = _hutchinson(run, loader, samples or 100, generator)
         elif method == "ggn":
-            sums, count = _gauss_newton(run, loss_fn, loader, samples, generator)
+            sums, count = _gauss_newton(run, loader, samples, generator)
         elif method == "exact":
-            sums, count = _column_by_column(run, loss_fn, loader)
+            sums, count = _column_by_column(run, loader)
         else:
             raise ValueError(f"method={method!r} is unknown. Pass 'ggn', 'hutchinson' or 'exact'.")
     found = HessianDiagonal(run.mean(sums, count))
@@ -114,7 +114,7 @@ def hessian_diagonal(
     return found
 
 
-def _column_by_column(run: Run, loss_fn: LossFn, loader: Iterable[Any]) -> tuple[list[Tensor], int]:
+def _column_by_column(run: Run, loader: Iterable[Any]) -> tuple[list[Tensor], int]:
     if (number := sum(tensor.numel() for tensor in run.tensors)) > EXACT_LIMIT:
         raise ValueError(
             f"method='exact' takes a backward pass per weight, and params hold {number} weights of {EXACT_LIMIT} "
@@ -122,7 +122,7 @@ def _column_by_column(run: Run, loss_fn: LossFn, loader: Iterable[Any]) -> tuple
         )
     sums, count = run.zeros(), 0
     for batch in run.batches(loader, "hessian, exact"):
-        grads = run.differentiable_grads(loss_fn, batch)
+        grads = run.differentiable_grads(batch)
         for total, gradient, tensor in zip(sums, grads, run.tensors, strict=True):
             flat, rows = torch.zeros_like(total).reshape(-1), gradient.reshape(-1)
             for i in range(len(flat) if rows.requires_grad else 0):
@@ -134,12 +134,12 @@ def _column_by_column(run: Run, loss_fn: LossFn, loader: Iterable[Any]) -> tuple
 
 
 def _gauss_newton(
-    run: Run, loss_fn: LossFn, loader: Iterable[Any], samples: int | None, generator: torch.Generator
+    run: Run, loader: Iterable[Any], samples: int | None, generator: torch.Generator
 ) -> tuple[list[Tensor], int]:
     sums, count = run.zeros(), 0
     for batch in run.batches(loader, "hessian, Gauss-Newton"):
-        run.check_reached(loss_fn, batch, batch.targets)
-        roots = _loss_roots(run, loss_fn, batch)  # (samples of the batch, outputs, outputs)
+        run.check_samples(batch)
+        roots = _loss_roots(run, batch)  # (samples of the batch, outputs, outputs)
         if samples is not None:
             signs = torch.randint(2, (len(roots), samples, roots.shape[1]), generator=generator) * 2.0 - 1
             roots = signs.to(roots) @ roots / samples**0.5
@@ -150,13 +150,13 @@ def _gauss_newton(
             def along(output: Tensor, cotangent: Tensor) -> Tensor:
                 return (output.reshape(-1) * cotangent.reshape(-1)).sum()
 
-            for each in run.sample_grads(along, batch, cotangents):
+            for each in run.sample_grads(batch, along, cotangents):
                 add(sums, (g.square().sum(0) for g in each))
         count += batch.size
     return sums, count
 
 
-def _loss_roots(run: Run, loss_fn: LossFn, batch: Batch) -> Tensor:
+def _loss_roots(run: Run, batch: Batch) -> Tensor:
     """Return, for each sample, the rows of a square root of the loss's Hessian with respect to the output."""
     with torch.no_grad():
         output = run.output(batch.inputs)
@@ -176,7 +176,7 @@ def _loss_roots(run: Run, loss_fn: LossFn, batch: Batch) -> Tensor:
                 f"method='ggn' factors the loss's Hessian for each sample, and the model has {width} outputs per "
                 f"sample of {OUTPUT_LIMIT} that it allows. Use method='hutchinson', or fisher()."
             )
-    check_loss(loss_fn(output, batch.targets))
+    check_loss(run.loss_fn(output, batch.targets))
 
     given, axes, alone = batch.split(slice(None))
 
@@ -184,7 +184,7 @@ def _loss_roots(run: Run, loss_fn: LossFn, batch: Batch) -> Tensor:
         _, targets = alone(given)
 
         def loss(z: Tensor) -> Tensor:
-            return check_shape(loss_fn(z.unsqueeze(0), targets))
+            return check_shape(run.loss_fn(z.unsqueeze(0), targets))
 
         second: Tensor = jacrev(jacrev(loss))(one)
         return second.reshape(width, width)
@@ -200,12 +200,12 @@ def _loss_roots(run: Run, loss_fn: LossFn, batch: Batch) -> Tensor:
 
 
 def _hutchinson(
-    run: Run, loss_fn: LossFn, loader: Iterable[Any], samples: int, generator: torch.Generator
+    run: Run, loader: Iterable[Any], samples: int, generator: torch.Generator
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """Return sums of the estimates and of their variances, and how many samples the data had."""
     sums, variances, count = run.zeros(), run.zeros(), 0
     for batch in run.batches(loader, "hessian, Hutchinson"):
-        unique = dict(zip(run.names, run.differentiable_grads(loss_fn, batch), strict=True))  # tied ones once
+        unique = dict(zip(run.names, run.differentiable_grads(batch), strict=True))  # tied ones once
         first, second = run.zeros(), run.zeros()
         for _ in range(samples):
             signs = {n: (torch.randint(2, g.shape, generator=generator) * 2 - 1).to(g) for n, g in unique.items()}

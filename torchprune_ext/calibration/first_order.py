@@ -43,10 +43,10 @@ def gradients(
         >>> scores[layer, "weight"]
         tensor([[1., 3.]])
     """
-    with calibrating(model, params, options) as run:
+    with calibrating(model, params, options, loss_fn) as run:
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "gradients"):
-            add(sums, run.grads(run.loss(loss_fn, batch)), batch.size)
+            add(sums, run.grads(run.loss(batch)), batch.size)
             count += batch.size
     return {key: mean.abs_() for key, mean in run.mean(sums, count).items()}
 
@@ -91,16 +91,16 @@ def taylor(
         >>> taylor(layer, lambda out, _: out.mean(), data, [(layer, "weight")], per="batch")[layer, "weight"]
         tensor([[0., 4.]])
     """
-    with calibrating(model, params, options) as run:
+    with calibrating(model, params, options, loss_fn) as run:
         if per not in ("sample", "batch"):
             raise ValueError(f"per={per!r} is unknown. Pass 'sample' or 'batch'.")
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "taylor"):
             if per == "batch":
-                grads = run.grads(run.loss(loss_fn, batch))
+                grads = run.grads(run.loss(batch))
                 add(sums, ((g * t).abs() for g, t in zip(grads, run.tensors, strict=True)), batch.size)
             else:
-                for each in run.sample_grads(loss_fn, batch, None):
+                for each in run.sample_grads(batch):
                     add(sums, ((g * t).abs().sum(0) for g, t in zip(each, run.tensors, strict=True)))
             count += batch.size
     return run.mean(sums, count)
@@ -137,10 +137,10 @@ def fisher(
         >>> fisher(layer, lambda out, _: out.mean(), data, [(layer, "weight")])[layer, "weight"]
         tensor([[1., 5.]])
     """
-    with calibrating(model, params, options) as run:
+    with calibrating(model, params, options, loss_fn) as run:
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "fisher"):
-            for each in run.sample_grads(loss_fn, batch, None):
+            for each in run.sample_grads(batch):
                 add(sums, (g.square().sum(0) for g in each))
             count += batch.size
     return run.mean(sums, count)
