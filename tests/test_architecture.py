@@ -25,6 +25,7 @@ ORDER = [
     "_host",
     "_reduction",
     "_layers",
+    "_statistics",
     "_batches",
     "_rehearsal",
     "_runs",

@@ -5,7 +5,8 @@ as the batch is long. The axis of a layer's input on which samples stand is the 
 what it was, and its second half is the first sample over and over. Where that does not hold, samples mix.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -102,11 +103,17 @@ def _inputs_seen(run: Run, modules: Mapping[nn.Module, str], inputs: Any) -> dic
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found[module].append(seen([*args, *kwargs.values()][0]))
 
+    with hooked(modules, watch), torch.no_grad():
+        run.output(inputs)
+    return found
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], watch: Callable[..., None]) -> Iterator[None]:
+    """Let ``watch(module, args, kwargs)`` be called before each forward of ``modules``."""
     hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in modules]
     try:
-        with torch.no_grad():
-            run.output(inputs)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return found

@@ -20,13 +20,12 @@ from torchprune_ext._checks import check_finite, check_module
 from torchprune_ext._host import Target, as_plain, targets_of
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._rehearsal import Rehearsal, lost
+from torchprune_ext._statistics import Key
 
-__all__ = ["Batch", "Key", "LossFn", "Options", "Run", "Statistics", "add", "calibrating", "tree_map", "with_progress"]
+__all__ = ["Batch", "Key", "LossFn", "Options", "Run", "add", "calibrating", "tree_map", "with_progress"]
 
 PER_SAMPLE = 1 << 24  # most numbers in the gradients of the samples that are computed at once
-Key = tuple[nn.Module, str]
 LossFn = Callable[[Any, Any], Tensor]
-Statistics = dict[Key, Tensor]
 
 
 class Run:

@@ -15,10 +15,10 @@ from torchprune_ext._runs import (
     Key,
     LossFn,
     Options,
-    Statistics,
     add,
     calibrating,
 )
+from torchprune_ext._statistics import ImportanceScores
 from torchprune_ext.masks import identity
 from torchprune_ext.schedules import geometric
 from torchprune_ext.selection import Scores, kept, select_smallest
@@ -26,7 +26,7 @@ from torchprune_ext.selection import Scores, kept, select_smallest
 
 def snip(
     model: nn.Module, loss_fn: LossFn, loader: Iterable[Any], params: Iterable[Key], **options: Unpack[Options]
-) -> Statistics:
+) -> ImportanceScores:
     r"""Return the connection sensitivity of each weight, :math:`|g_j w_j| / \sum_k |g_k w_k|`, before training.
 
     The gradient is that of the loss over all batches given (the paper takes one). The sum runs over all listed tensors.
@@ -51,7 +51,7 @@ def snip(
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.constant_(layer.weight, 0.5)
-        >>> snip(layer, lambda out, _: out.sum(), [(torch.tensor([[1.0, -3.0]]), None)], [(layer, "weight")])
+        >>> snip(layer, lambda out, _: out.mean(), [(torch.tensor([[1.0, -3.0]]), None)], [(layer, "weight")])
         {(Linear(in_features=2, out_features=1, bias=False), 'weight'): tensor([[0.2500, 0.7500]])}
     """
     with calibrating(model, params, options, loss_fn) as run:
@@ -60,14 +60,18 @@ def snip(
             add(sums, run.grads(run.loss(batch)), batch.size)
             count += batch.size
         weights = [tensor.detach() for tensor in run.tensors]
-    scores = [(g * w).abs() for g, w in zip(run.mean(sums, count).values(), weights, strict=True)]
+    gradient = run.mean(sums, count)
+    run.refuse_zeros(gradient)
+    scores = [(g * w).abs() for g, w in zip(gradient.values(), weights, strict=True)]
     total = sum(float(score.sum(dtype=torch.float64)) for score in scores)
-    return {key: score / total if total else score for key, score in zip(run.keys, scores, strict=True)}
+    return ImportanceScores(
+        {key: score / total if total else score for key, score in zip(run.keys, scores, strict=True)}
+    )
 
 
 def grasp(
     model: nn.Module, loss_fn: LossFn, loader: Iterable[Any], params: Iterable[Key], **options: Unpack[Options]
-) -> Statistics:
+) -> ImportanceScores:
     r"""Return how much each weight preserves the gradient flow, :math:`w_j (Hg)_j` shifted to be >= 0.
 
     Removing a weight changes the squared norm of the gradient by about :math:`-2 w_j (Hg)_j`; the paper removes the
@@ -108,6 +112,7 @@ def grasp(
             add(sums, run.grads(run.loss(batch)), batch.size)
             count += batch.size
     gradient = run.mean(sums, count)
+    run.refuse_zeros(gradient)
     with calibrating(model, run.keys, options, loss_fn) as run:
         sums, count = run.zeros(), 0
         for batch in run.batches(loader, "grasp, Hessian"):
@@ -121,7 +126,7 @@ def grasp(
         weights = [tensor.detach() for tensor in run.tensors]
     scores = [h * w for h, w in zip(run.mean(sums, count).values(), weights, strict=True)]
     least = min(float(score.min()) for score in scores if score.numel())
-    return {key: score - least for key, score in zip(run.keys, scores, strict=True)}
+    return ImportanceScores({key: score - least for key, score in zip(run.keys, scores, strict=True)})
 
 
 def synflow(
@@ -131,7 +136,7 @@ def synflow(
     *,
     target_sparsity: float,
     steps: int = 100,
-) -> Statistics:
+) -> ImportanceScores:
     r"""Return iterative synaptic flow scores, which need no data and collapse no layer.
 
     With all parameters replaced by their absolute values and an input of ones, the sum :math:`R` of the outputs counts
@@ -203,4 +208,4 @@ def synflow(
                 rank += (before & ~after) * (step - 1 + score / (2 * largest))
             alive = stay
     by_name = dict(zip(unique, ranks, strict=True))
-    return {key: by_name[name] for key, name in zip(run.keys, run.names, strict=True)}
+    return ImportanceScores({key: by_name[name] for key, name in zip(run.keys, run.names, strict=True)})

@@ -15,19 +15,19 @@ from torchprune_ext._runs import (
     LossFn,
     Options,
     Run,
-    Statistics,
     add,
     calibrating,
     check_loss,
     check_shape,
     wide,
 )
+from torchprune_ext._statistics import Curvature
 
 EXACT_LIMIT = 20_000  # most parameters for the exact Hessian diagonal
 OUTPUT_LIMIT = 2_048  # most outputs per sample for the square root of the loss's Hessian
 
 
-class HessianDiagonal(dict[Key, Tensor]):
+class HessianDiagonal(Curvature):
     """The diagonal of a Hessian: a dictionary as all statistics here are, of any sign.
 
     Args:
@@ -35,7 +35,7 @@ class HessianDiagonal(dict[Key, Tensor]):
             ``method="hutchinson"``; otherwise None.
     """
 
-    standard_error: Statistics | None = None
+    standard_error: dict[Key, Tensor] | None = None
 
 
 def hessian_diagonal(
@@ -106,6 +106,7 @@ def hessian_diagonal(
         else:
             raise ValueError(f"method={method!r} is unknown. Pass 'ggn', 'hutchinson' or 'exact'.")
     found = HessianDiagonal(run.mean(sums, count))
+    run.refuse_zeros(found)
     if method == "hutchinson" and samples != 1:  # one probe does not tell how much they vary
         # the mean weighs each batch by its samples, so its variance weighs them by the square
         squared = run.mean(variances, 1 / run.ranks.size)

@@ -10,15 +10,15 @@ from torchprune_ext._runs import (
     Key,
     LossFn,
     Options,
-    Statistics,
     add,
     calibrating,
 )
+from torchprune_ext._statistics import Curvature, Gradients, ImportanceScores
 
 
 def gradients(
     model: nn.Module, loss_fn: LossFn, loader: Iterable[Any], params: Iterable[Key], **options: Unpack[Options]
-) -> Statistics:
+) -> Gradients:
     r"""Return the size of the mean gradient, :math:`|\frac1N \sum_i \partial L_i / \partial w|`.
 
     Args:
@@ -39,7 +39,7 @@ def gradients(
         >>> import torch
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> data = [(torch.tensor([[1.0, -3.0]]), None)]
-        >>> scores = gradients(layer, lambda out, _: out.sum(), data, [(layer, "weight")])
+        >>> scores = gradients(layer, lambda out, _: out.mean(), data, [(layer, "weight")])
         >>> scores[layer, "weight"]
         tensor([[1., 3.]])
     """
@@ -48,7 +48,9 @@ def gradients(
         for batch in run.batches(loader, "gradients"):
             add(sums, run.grads(run.loss(batch)), batch.size)
             count += batch.size
-    return {key: mean.abs_() for key, mean in run.mean(sums, count).items()}
+    found = run.mean(sums, count)
+    run.refuse_zeros(found)
+    return Gradients({key: mean.abs_() for key, mean in found.items()})
 
 
 def taylor(
@@ -59,7 +61,7 @@ def taylor(
     *,
     per: Literal["sample", "batch"] = "sample",
     **options: Unpack[Options],
-) -> Statistics:
+) -> ImportanceScores:
     r"""Return the mean of the first-order estimate of deleting a weight, :math:`\frac1N \sum_i |g_i w|`.
 
     Args:
@@ -103,12 +105,15 @@ def taylor(
                 for each in run.sample_grads(batch):
                     add(sums, ((g * t).abs().sum(0) for g, t in zip(each, run.tensors, strict=True)))
             count += batch.size
-    return run.mean(sums, count)
+        weights = [tensor.detach() for tensor in run.tensors]
+    found = run.mean(sums, count)
+    run.refuse_zeros(found, weights)
+    return ImportanceScores(found)
 
 
 def fisher(
     model: nn.Module, loss_fn: LossFn, loader: Iterable[Any], params: Iterable[Key], **options: Unpack[Options]
-) -> Statistics:
+) -> Curvature:
     r"""Return the diagonal of the empirical Fisher information, :math:`\frac1N \sum_i (\partial L_i / \partial w)^2`.
 
     Gradients are squared per sample, not per batch. Pass the result as ``hessian_diag`` to score by Fisher times
@@ -143,4 +148,6 @@ def fisher(
             for each in run.sample_grads(batch):
                 add(sums, (g.square().sum(0) for g in each))
             count += batch.size
-    return run.mean(sums, count)
+    found = run.mean(sums, count)
+    run.refuse_zeros(found)
+    return Curvature(found)

@@ -1,5 +1,6 @@
 """Scores that need no loss: what reaches a weight, and the random baseline."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,19 +9,18 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import Unpack
 
-from torchprune_ext._host import targets_of
-from torchprune_ext._runs import (
-    Key,
-    Options,
-    Statistics,
-    calibrating,
-    wide,
-)
+from torchprune_ext._batches import Batch, Options, check_mask, mask_rows
+from torchprune_ext._checks import warn
+from torchprune_ext._host import Target, targets_of
+from torchprune_ext._layers import Layer
+from torchprune_ext._rows import find_sample_axes, hooked
+from torchprune_ext._runs import calibrating, wide
+from torchprune_ext._statistics import ImportanceScores, Key
 
 
 def activations(
     model: nn.Module, loader: Iterable[Any], params: Iterable[Key], **options: Unpack[Options]
-) -> Statistics:
+) -> ImportanceScores:
     r"""Return the size of each weight times that of what it multiplies, :math:`|w_{ij}| \cdot \|x_j\|_2`.
 
     The norm of an input feature (``Linear``) or input channel (convolution) is taken over all samples, positions and
@@ -29,16 +29,22 @@ def activations(
 
     Args:
         model: any module; runs in eval mode.
-        loader: batches, see :class:`.Options`; targets are not used.
-        params: ``(module, name)`` pairs of the weights of ``Linear`` layers and convolutions.
-        **options: see :class:`.Options`.
+        loader: batches, see :class:`.Options`; targets are not used, and bare tensors do.
+        params: ``(module, name)`` pairs of the weights of ``Linear`` layers, convolutions, and modules of other types
+            that multiply as ``Linear`` does, as ``Conv1D`` of the transformers library with its
+            ``(inputs, outputs)``; a probe tells.
+        **options: see :class:`.Options`. ``sample_mask`` leaves padding out, which counts otherwise.
 
     Returns:
         Scores in units of the layer's output.
 
     Raises:
         TypeError: a layer of another type.
-        ValueError: no data, or a layer that was never called, as ``out_proj`` of ``MultiheadAttention``.
+        ValueError: no data, or a layer that got none, as ``out_proj`` of ``MultiheadAttention``, whose parent reads
+            the weight, or an expert that no token is routed to; or a mask where samples mix.
+
+    Warns:
+        UserWarning: a layer saw fewer rows than it has inputs, or nothing but zeros.
 
     Source: Sun et al. 2023, *A Simple and Effective Pruning Approach for Large Language Models*, arXiv:2306.11695,
     equation 1.
@@ -50,44 +56,110 @@ def activations(
         tensor([[10.,  2.]])
     """
     with calibrating(model, params, options) as run:
-        squares: dict[nn.Module, Tensor] = {}
+        watched = {key: _Inputs(Target.of(*key), label) for key, label in zip(run.keys, run.names, strict=True)}
+        labels = {module: label for (module, _), label in zip(run.keys, run.names, strict=True)}
+        last = {module: 0 if isinstance(module, _ConvNd) else -2 for module in labels}
+        axes: dict[nn.Module, list[int]] | None = None
+        calls: Counter[nn.Module] = Counter()
+        batch: Batch | None = None
 
-        def watch(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            x = (inputs[0] if inputs else keywords["input"]).detach()
-            axis = -module.get_parameter("weight").dim() + 1 if isinstance(module, _ConvNd) else -1
-            x = x.movedim(axis, -1).flatten(0, -2)
-            found = x.to(wide(x.dtype)).square().sum(0)
-            squares[module] = squares[module] + found if module in squares else found
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for (owner, _), inputs in watched.items():
+                if owner is module:
+                    place = calls[module]
+                    inputs.add(args, kwargs, batch, None if axes is None else axes[module][place : place + 1])
+            calls[module] += 1
 
-        for (module, name), tensor in zip(run.keys, run.tensors, strict=True):
-            if not isinstance(module, (nn.Linear, _ConvNd)) or tensor.dim() < 2:
-                raise TypeError(
-                    f"params holds {type(module).__name__}.{name}, but only the weights of Linear layers and "
-                    "convolutions have inputs to measure. Leave it out."
-                )
-        modules = dict.fromkeys(module for module, _ in run.keys)
-        hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in modules]
-        try:
-            with torch.no_grad():
-                for batch in run.batches(loader, "activations"):
+        with torch.no_grad():
+            for batch in run.batches(loader, "activations"):
+                if batch.mask is not None:
+                    check_mask(batch.mask, batch.size)
+                    axes = axes or find_sample_axes(run, labels, batch, last)
+                calls.clear()
+                with hooked(labels, watch):
                     run.output(batch.inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        sums = []
-        for (module, _), name, tensor in zip(run.keys, run.names, run.tensors, strict=True):
-            if module not in squares:
-                raise ValueError(
-                    f"params holds {name}, whose module is never called, as when its parent reads the weight. "
-                    "Leave it out."
-                )
-            sums.append(_inputs_like(module, squares[module], tensor))
         weights = [tensor.detach() for tensor in run.tensors]
+        sums = [inputs.like(weight) for inputs, weight in zip(watched.values(), weights, strict=True)]
+        rows = [inputs.rows for inputs in watched.values()]
     norms = run.mean(sums, 1 / run.ranks.size)
-    return {key: w.abs() * norms[key].sqrt() for key, w in zip(run.keys, weights, strict=True)}
+    for (key, norm), name, count, weight in zip(
+        norms.items(), run.names, run.ranks.totals(*rows), weights, strict=True
+    ):
+        _check_rows(name, count, watched[key].width, dead=bool(weight.any() and not norm.any()))
+    return ImportanceScores({key: w.abs() * norms[key].sqrt() for key, w in zip(run.keys, weights, strict=True)})
 
 
-def random(params: Iterable[Key], *, generator: torch.Generator | None = None) -> Statistics:
+def _check_rows(name: str, rows: int, width: int, *, dead: bool) -> None:
+    """Refuse a layer that saw no data, and warn of one that saw little or nothing but zeros."""
+    if not rows:
+        raise ValueError(
+            f"params holds {name}, which no data reached: its module is never called, as when its parent reads the "
+            "weight, or no row came to it, as to an expert that no token is routed to, or sample_mask leaves none. "
+            "Leave it out, or pass more data."
+        )
+    if dead:
+        warn(f"activations: all inputs of {name} are 0, so all of its scores are.")
+    elif rows < width:
+        warn(f"activations: {name} saw {rows} rows of data, fewer than its {width} inputs. Pass more data.")
+
+
+class _Inputs:
+    """What reaches one weight: the sum of squares of each of its inputs, and over how many rows."""
+
+    def __init__(self, target: Target, label: str) -> None:
+        self.module, self.label, weight = target.module, label, target.parameter.detach()
+        if weight.dim() < 2:
+            raise TypeError(
+                f"params holds {target.where}, but only the weights of Linear layers and convolutions, and of what "
+                "multiplies as Linear does, have inputs to measure. Leave it out."
+            )
+        self.rows, self.width, self.squares = 0, 0, torch.zeros(())
+        self.conv = 1 - weight.dim() if isinstance(target.module, _ConvNd) else None  # the axis of its channels
+        known = isinstance(target.module, (nn.Linear, _ConvNd))
+        self.probed = None if known else Layer(target, label, weight, None, False)
+
+    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch | None, axis: list[int] | None) -> None:
+        """Add the input of a call.
+
+        Args:
+            args: of the call.
+            kwargs: of the call.
+            batch: the batch that goes through the model.
+            axis: the axis of its samples in the input, if some do not count.
+        """
+        x = [*args, *kwargs.values()][0] if self.probed is None else self.probed.input(args, kwargs)
+        x = x.detach()
+        if not self.rows and self.probed is not None and x.numel():
+            with torch.autocast(x.device.type, enabled=False):
+                self.probed.check(x)
+        x = x.movedim(-1 if self.conv is None else self.conv, -1)
+        if axis is not None and batch is not None and batch.mask is not None:
+            x = self._counting(x, batch.mask, axis)
+        x = x.reshape(-1, x.shape[-1])
+        found = x.to(wide(x.dtype)).square().sum(0)
+        self.squares = found if not self.width else self.squares + found
+        self.rows, self.width = self.rows + len(x), x.shape[-1]
+
+    def _counting(self, x: Tensor, mask: Tensor, axis: list[int]) -> Tensor:
+        """Return the rows of ``x``, whose last axis holds the features, that count."""
+        if not axis or x.shape[axis[0]] % len(mask):
+            raise ValueError(
+                f"loader: {self.label} is called differently by later batches, so that sample_mask= does not "
+                "tell which of its rows count. Leave the layer out."
+            )
+        rows = x.movedim(axis[0], 0).reshape(-1, x.shape[-1])
+        return rows[mask_rows(mask, len(rows) // len(mask), self.label).to(rows.device)]
+
+    def like(self, weight: Tensor) -> Tensor:
+        """Return the sums in the shape of ``weight``."""
+        if not self.width:
+            return torch.zeros_like(weight, dtype=wide(weight.dtype))
+        if self.probed is not None and self.probed.swapped:  # (inputs, outputs)
+            return self.squares.unsqueeze(1).expand(weight.shape).clone()
+        return _inputs_like(self.module, self.squares, weight)
+
+
+def random(params: Iterable[Key], *, generator: torch.Generator | None = None) -> ImportanceScores:
     """Return random scores, the baseline that any other criterion should beat.
 
     Args:
@@ -108,12 +180,14 @@ def random(params: Iterable[Key], *, generator: torch.Generator | None = None) -
         >>> scores[layer, "weight"].shape
         torch.Size([1, 2])
     """
-    return {
-        (target.module, target.name): torch.rand(target.parameter.shape, generator=generator).to(
-            target.parameter.device
-        )
-        for target in targets_of(params).values()
-    }
+    return ImportanceScores(
+        {
+            (target.module, target.name): torch.rand(target.parameter.shape, generator=generator).to(
+                target.parameter.device
+            )
+            for target in targets_of(params).values()
+        }
+    )
 
 
 def _inputs_like(module: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torchprune_ext._checks import (
 from torchprune_ext._host import Target, all_or_nothing, as_one, install, targets_of, warn_of_zeros
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._scoring import tied_at
+from torchprune_ext._statistics import check_kind
 from torchprune_ext.masks import entry_mask
 from torchprune_ext.methods import GlobalPruning
 from torchprune_ext.selection import ALONE, CHUNK, Cut, Scores, keeps, select_with_floors
@@ -273,6 +274,7 @@ def listed_for(param: str, tensors: PerParameter, target: Target) -> Tensor:
     """Return what ``tensors``, the caller's ``param``, hold for ``target``."""
     if not isinstance(tensors, Mapping):
         raise TypeError(f"{param} is a {type(tensors).__name__}. Pass a dictionary {{(module, name): tensor}}.")
+    check_kind(param, tensors)
     if (target.module, target.name) not in tensors:
         raise ValueError(
             f"{param} has no entry for this tensor, and no other score could be compared with the given ones. "
