@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchprune_ext._batches import Batch, Options, check_options, is_leaf, read, tree_map, with_progress
 from torchprune_ext._checks import check_finite, check_module
@@ -66,7 +67,7 @@ class Run:
         plain = not isinstance(inputs, (Mapping, tuple, list)) or is_leaf(inputs)
         arguments = () if keywords else (inputs,) if plain else tuple(inputs)
         if parameters is None:
-            with self.written.first_forward() if self.written and self.written.others else nullcontext():
+            with nullcontext() if self.written is None else self.written.first_forward():
                 return self.model(*arguments, **keywords)
         return functional_call(self.model, parameters, arguments, keywords)
 
@@ -104,7 +105,8 @@ class Run:
     def _aside(self) -> Iterator[None]:
         """Let a rehearsal build no graph and draw no random number of the pass."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # of checkpointed modules
             yield
 
     def grads(
@@ -287,40 +289,46 @@ def _refuse_lazy(model: nn.Module) -> None:
                 )
 
 
-class _Written:
-    """The values of what a forward may write into: buffers, tensors that modules hold, renormalized embeddings.
+class _Written(TorchDispatchMode):
+    """The values of what a forward may write into: buffers, tensors that modules hold, and parameters.
 
-    Other parameters are compared once, before and after the first forward, and remembered if that changed them.
+    Parameters are copied only if the first forward, which this watches, has an operation that writes into them.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.others: list[Tensor] = []
+        super().__init__()
+        self.watching = True
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.parameters: dict[int, list[Tensor]] = {}  # by where their values are
         for module in model.modules():
-            renormalized = getattr(module, "max_norm", None) is not None
-            for tensor in module._parameters.values():
-                if tensor is not None and not renormalized:
-                    self.others.append(tensor)
-            always = [*module._buffers.values(), *vars(module).values()]
-            for tensor in (*always, *(module._parameters.values() if renormalized else ())):
+            for tensor in [*module._buffers.values(), *vars(module).values()]:
                 if isinstance(tensor, Tensor):
-                    self._keep(tensor, tensor.detach().clone())
-        self.others = [tensor for tensor in self.others if id(tensor) not in self.kept]
+                    self._keep(tensor)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.parameters.setdefault(parameter.data_ptr(), []).append(parameter)
 
-    def _keep(self, tensor: Tensor, value: Tensor) -> None:
-        self.kept.setdefault(id(tensor), (tensor, value))
+    def _keep(self, tensor: Tensor) -> None:
+        if id(tensor) not in self.kept:
+            self.kept[id(tensor)] = tensor, tensor.detach().clone()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Copy the parameters that ``func`` writes into, then call it."""
+        given = zip(func._schema.arguments, args, strict=False)
+        for tensor in [arg for known, arg in given if known.alias_info is not None and known.alias_info.is_write]:
+            if isinstance(tensor, Tensor):
+                for parameter in self.parameters.pop(tensor.data_ptr(), ()):
+                    self._keep(parameter)
+        return func(*args, **(kwargs or {}))
 
     @contextmanager
     def first_forward(self) -> Iterator[None]:
-        """Find out, around the first forward, which other parameters it writes into."""
-        others, self.others = self.others, []
-        values = [tensor.detach().clone() for tensor in others]
-        try:
+        """Watch the body, once."""
+        with self if self.watching else nullcontext():
+            self.watching = False
             yield
-        finally:
-            for tensor, value in zip(others, values, strict=True):
-                if not _equal(tensor, value):
-                    self._keep(tensor, value)
 
     def restore(self) -> None:
         """Put all values back, with shape and dtype."""
