@@ -82,6 +82,17 @@ class Clips(nn.Linear):
         return super().forward(x)
 
 
+class ClipsARow(nn.Linear):
+    """Writes into a part of its weight, and into its bias by other means."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight[1].mul_(0.5)
+            torch._foreach_add_([self.bias], 1)
+            torch.mul(self.bias.detach(), 2, out=self.bias.detach())
+        return super().forward(x)
+
+
 class Observed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -112,13 +123,15 @@ def prepared(kind):
         model = nn.Sequential(Words(), nn.Linear(4, 3))
         x = torch.tensor([[0], [1], [2], [3], [4], [5], [6], [7]])
     else:
-        extra = {"grows": Grows, "observed": Observed, "clips": lambda: Clips(4, 4)}[kind]()
+        extra = {"grows": Grows, "observed": Observed, "clips": lambda: Clips(4, 4), "part": lambda: ClipsARow(4, 4)}[
+            kind
+        ]()
         model = nn.Sequential(extra, nn.Linear(4, 3))
     return model, [(x[:4], y[:4]), (x[4:], y[4:])], [(model[1], "weight")]
 
 
 @every_call
-@pytest.mark.parametrize("kind", ["grows", "observed", "renormalized", "clips"])
+@pytest.mark.parametrize("kind", ["grows", "observed", "renormalized", "clips", "part"])
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.filterwarnings("ignore:torch.func cannot vectorize")
 def test_what_a_forward_writes_is_put_back(call, kind, broken):
@@ -148,7 +161,7 @@ def test_what_a_forward_writes_is_put_back(call, kind, broken):
         assert model[0].cache == []
 
 
-@pytest.mark.parametrize("kind", ["grows", "observed", "renormalized", "clips"])
+@pytest.mark.parametrize("kind", ["grows", "observed", "renormalized", "clips", "part"])
 def test_compensation_puts_it_back_too(kind):
     model, batches, params = prepared(kind)
     tpe.threshold(*params[0], 0.1)

@@ -88,6 +88,57 @@ def test_samples_may_stand_on_any_axis(pooled):
         close(found[module, name], squares(model, losses, getattr(module, name)))
 
 
+@pytest.mark.parametrize("length", [4, 5])
+def test_gauss_newton_needs_its_samples_on_the_first_axis_of_the_output(length):
+    model, batches, params = time_first(False, length)
+    with pytest.raises(ValueError, match="an output with a row per sample"):
+        calibration.hessian_diagonal(model, token_loss, batches, params, sample_axes=1, progress=False)
+    model, batches, params = time_first(True, length)
+    found = calibration.hessian_diagonal(model, token_loss, batches, params, sample_axes=(1, 0), progress=False)
+    flat = [(x[:, i : i + 1], y[i : i + 1]) for x, y in batches for i in range(4)]
+    expected = calibration.hessian_diagonal(model, token_loss, flat, params, sample_axes=(1, 0), progress=False)
+    for key in params:
+        close(found[key], expected[key])
+
+
+class Ignorant(nn.Linear):
+    """Is handed more than it reads."""
+
+    def forward(self, x, epoch, part, y=None):
+        return super().forward(x)
+
+
+class Counting(nn.Linear):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_batches_of_one_sample_are_rehearsed_once():
+    torch.manual_seed(0)
+    model, data = Counting(4, 3), [(torch.randn(1, 4), torch.zeros(1).long()) for _ in range(20)]
+    fisher(model, F.cross_entropy, data, [(model, "weight")])
+    assert model.calls < 20 + 10
+
+
+def test_strings_are_no_samples():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.arange(6) % 3
+    loader = [(x, {"y": y, "names": list("abcdef"), "numbers": [1, 2]})]
+    found = fisher(model, lambda out, targets: F.cross_entropy(out, targets["y"]), loader, [(model, "weight")])
+    expected = fisher(model, F.cross_entropy, [(x, y)], [(model, "weight")])[model, "weight"]
+    close(found[model, "weight"], expected)
+    keywords = [{"x": x, "epoch": list("abcdef"), "part": [1.0] * 6, "y": y}]
+    reads = Ignorant(4, 3)
+    reads.load_state_dict(model.state_dict())
+    found = fisher(reads, lambda out, batch: F.cross_entropy(out, batch["y"]), keywords, [(reads, "weight")])
+    close(found[reads, "weight"], expected)
+
+
 class Reader(nn.Module):
     """Reads tokens with positions, a mask between them and a scale that all samples share."""
 
@@ -166,13 +217,6 @@ def test_one_sample_is_not_read_off_shared_tensors():
     found = fisher(model, loss_fn, [batch], params, sample_axes=axes)
     losses = [lambda i=i: loss_fn(model(ids[i : i + 1], places), {"input_ids": ids[i : i + 1]}) for i in range(4)]
     close(found[model.head, "weight"], squares(model, losses, model.head.weight))
-
-
-class Ignorant(nn.Linear):
-    """Is handed more than it reads."""
-
-    def forward(self, x, epoch, part):
-        return super().forward(x)
 
 
 def test_a_batch_is_not_taken_for_one_sample_because_of_what_the_model_does_not_read():

@@ -392,7 +392,8 @@ def _walk(name: str, tree: Any, axes: Any, inside: int, *, top: bool = False) ->
     else:
         flat, _ = _flat(tree)
         for place, leaf in enumerate(flat):
-            yield (name if leaf is tree else f"{name}, leaf {place}"), leaf, axes, inside
+            held = inside if isinstance(leaf, Tensor) else 0  # lists of strings and numbers are constants
+            yield (name if leaf is tree else f"{name}, leaf {place}"), leaf, axes, held
 
 
 def _shape(leaf: Any) -> Any:

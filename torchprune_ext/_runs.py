@@ -48,7 +48,7 @@ class Run:
                 raise ValueError(f"params holds {type(module).__name__}.{name}, which is no part of the model.")
         self.names = [names[id(tensor)] for tensor in self.tensors]
         self.ranks = Ranks(options.get("process_group"))
-        self.vectorized, self.reached, self.rehearsed = True, False, False
+        self.vectorized, self.reached, self.rehearsed = True, False, 0
         self.device = self.tensors[0].device
         self.written: _Written | None = None
 
@@ -75,7 +75,7 @@ class Run:
         """Return the loss of ``batch``; anything but a finite number is refused, and so is a sum over samples."""
         loss = check_depends(self._loss(batch))
         if not self.rehearsed:
-            self.rehearsed = True
+            self.rehearsed = batch.size
             with self._aside():
                 self._rehearsal(batch).refuse_sum()
         return loss
@@ -89,8 +89,8 @@ class Run:
         if not self.reached:
             self.grads(self._loss(batch))  # torch.func would give zeros for them
             self.reached = True
-        if not self.rehearsed:
-            self.rehearsed = batch.size > 1  # a single one tells less
+        if self.rehearsed < min(batch.size, 2):  # a single one tells less
+            self.rehearsed = batch.size
             with self._aside():
                 self._rehearsal(batch).refuse_mixed()
 
@@ -299,14 +299,15 @@ class _Written(TorchDispatchMode):
         super().__init__()
         self.watching = True
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self.parameters: dict[int, list[Tensor]] = {}  # by where their values are
+        self.parameters: dict[int, list[Tensor]] = {}  # by their memory
         for module in model.modules():
             for tensor in [*module._buffers.values(), *vars(module).values()]:
                 if isinstance(tensor, Tensor):
                     self._keep(tensor)
             for parameter in module._parameters.values():
                 if parameter is not None:
-                    self.parameters.setdefault(parameter.data_ptr(), []).append(parameter)
+                    self.parameters.setdefault(_memory(parameter), []).append(parameter)
+        self.parameters.pop(0, None)
 
     def _keep(self, tensor: Tensor) -> None:
         if id(tensor) not in self.kept:
@@ -316,11 +317,13 @@ class _Written(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Copy the parameters that ``func`` writes into, then call it."""
-        given = zip(func._schema.arguments, args, strict=False)
-        for tensor in [arg for known, arg in given if known.alias_info is not None and known.alias_info.is_write]:
-            if isinstance(tensor, Tensor):
-                for parameter in self.parameters.pop(tensor.data_ptr(), ()):
-                    self._keep(parameter)
+        known = func._schema.arguments
+        given = [*zip(known, args, strict=False), *((arg, (kwargs or {}).get(arg.name)) for arg in known)]
+        for arg, value in given:
+            if arg.alias_info is not None and arg.alias_info.is_write:
+                for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                    for parameter in self.parameters.pop(_memory(tensor), ()):
+                        self._keep(parameter)
         return func(*args, **(kwargs or {}))
 
     @contextmanager
@@ -338,6 +341,14 @@ class _Written(TorchDispatchMode):
                     tensor.data = value
                 elif not _equal(tensor, value):  # else a graph that has saved it stays valid
                     tensor.copy_(value)
+
+
+def _memory(tensor: Any) -> int:
+    """Return where the values of ``tensor`` are, with those of its views; 0 for what has none."""
+    try:
+        return tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
+    except RuntimeError:  # of a class without storage
+        return 0
 
 
 def _equal(tensor: Tensor, value: Tensor) -> bool:

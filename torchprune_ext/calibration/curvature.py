@@ -166,7 +166,9 @@ def _loss_roots(run: Run, batch: Batch) -> Tensor:
                 f"method='ggn' needs a model whose output is one tensor, not a {type(output).__name__}. "
                 "Wrap the model, or use method='hutchinson'."
             )
-        if not output.dim() or len(output) != batch.size:
+        elsewhere = any(axis for axis in batch.axes)  # so the output's samples may not stand on its first axis either
+        alone = run.output(batch.gathered(slice(0, 1))[0]).shape if elsewhere else (1, *output.shape[1:])
+        if not output.dim() or len(output) != batch.size or tuple(alone) != (1, *output.shape[1:]):
             raise ValueError(
                 f"method='ggn' needs an output with a row per sample, and the model made one of shape "
                 f"{tuple(output.shape)} of {batch.size} samples. Use method='hutchinson'."

@@ -116,7 +116,7 @@ class _Inputs:
         self.rows, self.width, self.squares = 0, 0, torch.zeros(())
         self.conv = 1 - weight.dim() if isinstance(target.module, _ConvNd) else None  # the axis of its channels
         known = isinstance(target.module, (nn.Linear, _ConvNd))
-        self.probed = None if known else Layer(target, label, weight, None, False)
+        self.probed = None if known else Layer(target.module, target.name, label)
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch | None, axis: list[int] | None) -> None:
         """Add the input of a call.
@@ -127,7 +127,7 @@ class _Inputs:
             batch: the batch that goes through the model.
             axis: the axis of its samples in the input, if some do not count.
         """
-        x = [*args, *kwargs.values()][0] if self.probed is None else self.probed.input(args, kwargs)
+        x = [*args, *kwargs.values()][0] if self.probed is None else self.probed.call(lambda x, _: x, *args, **kwargs)
         x = x.detach()
         if not self.rows and self.probed is not None and x.numel():
             with torch.autocast(x.device.type, enabled=False):
