@@ -161,7 +161,7 @@ def test_what_a_forward_writes_is_put_back(call, kind, broken):
         assert model[0].cache == []
 
 
-@pytest.mark.parametrize("kind", ["grows", "observed", "renormalized", "clips", "part"])
+@pytest.mark.parametrize("kind", ["grows", "observed", "renormalized", "clips"])
 def test_compensation_puts_it_back_too(kind):
     model, batches, params = prepared(kind)
     tpe.threshold(*params[0], 0.1)

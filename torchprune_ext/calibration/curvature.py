@@ -81,7 +81,7 @@ def hessian_diagonal(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: as :func:`gradients`; ``method`` is unknown, there are too many weights for ``"exact"``, or too
-            many outputs per sample for ``"ggn"``.
+            many outputs per sample for ``"ggn"``, or it is asked for where samples mix.
 
     Source: LeCun, Denker & Solla 1989 for the use; Schraudolph 2002, *Fast Curvature Matrix-Vector Products*, for the
     Gauss-Newton matrix; Bekas, Kokiopoulou & Saad 2007, *An estimator for the diagonal of a matrix*, for the probes.

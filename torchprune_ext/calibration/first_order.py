@@ -33,7 +33,8 @@ def gradients(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: no data, a loss that is no finite number, or a parameter that the loss does not depend on.
+        ValueError: no data, a loss that is not a finite number or a sum over samples, or a parameter that the loss
+            does not depend on, or whose statistic is 0 in every entry.
 
     Example:
         >>> import torch
@@ -78,7 +79,10 @@ def taylor(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: as :func:`gradients`, or ``per`` is unknown.
+        ValueError: as :func:`gradients`, ``per`` is unknown, or, per sample, the model or the loss mixes samples.
+
+    Warns:
+        UserWarning: the loss weighs samples differently, while the statistic counts them alike.
 
     Source: Molchanov et al. 2017, *Pruning Convolutional Neural Networks for Resource Efficient Inference*,
     arXiv:1611.06440, equation 7, for weights instead of feature maps.
@@ -127,11 +131,14 @@ def fisher(
         **options: see :class:`.Options`.
 
     Returns:
-        Statistics in squared units of the loss per squared unit of weight.
+        A curvature in squared units of the loss per squared unit of weight.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: as :func:`gradients`.
+        ValueError: as :func:`gradients`, or the model or the loss mixes samples.
+
+    Warns:
+        UserWarning: the loss weighs samples differently, while the statistic counts them alike.
 
     Source: Theis et al. 2018, *Faster Gaze Prediction with Dense Networks and Fisher Pruning*, arXiv:1801.05787.
 
