@@ -26,6 +26,7 @@ ORDER = [
     "_reduction",
     "_layers",
     "_statistics",
+    "_loading",
     "_batches",
     "_rehearsal",
     "_runs",

@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchprune_ext._batches import Batch, Options, check_options, is_leaf, read, tree_map, with_progress
+from torchprune_ext._batches import Batch, is_leaf, tree_map
 from torchprune_ext._checks import check_finite, check_module
 from torchprune_ext._host import Target, as_plain, targets_of
+from torchprune_ext._loading import Options, check_options, read, with_progress
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._rehearsal import Rehearsal, lost
 from torchprune_ext._statistics import Key

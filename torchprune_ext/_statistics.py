@@ -47,6 +47,6 @@ def check_kind(param: str, given: Mapping[Any, Any]) -> None:
     if isinstance(given, Statistic) and param not in given.goes_to:
         argument, calls = next(iter(given.goes_to.items()))
         raise TypeError(
-            f"{param} holds {given.kind}, which {type(given).__name__} of torchprune_ext.calibration says. Pass it as "
-            f"{argument}= to {calls}; or {param}=dict(...) of it, if that is what you mean."
+            f"{param} holds {given.kind}, namely {type(given).__name__} of torchprune_ext.calibration. Pass it as "
+            f"{argument}= to {calls}; or pass {param}=dict(...) of it, if you mean that."
         )

@@ -10,7 +10,7 @@ Beside a training step's memory a statistic takes one tensor per parameter, one 
 64 MB where it needs the gradients of single samples, and what its docstring says beyond that.
 """
 
-from torchprune_ext._batches import Options
+from torchprune_ext._loading import Options
 from torchprune_ext._statistics import Curvature, Gradients, ImportanceScores
 from torchprune_ext.calibration.at_init import grasp, snip, synflow
 from torchprune_ext.calibration.curvature import HessianDiagonal, hessian_diagonal

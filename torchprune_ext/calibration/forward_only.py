@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import Unpack
 
-from torchprune_ext._batches import Batch, Options, check_mask, mask_rows
+from torchprune_ext._batches import Batch, check_mask, mask_rows
 from torchprune_ext._checks import warn
 from torchprune_ext._host import Target, targets_of
 from torchprune_ext._layers import Layer
+from torchprune_ext._loading import Options
 from torchprune_ext._rows import find_sample_axes, hooked
 from torchprune_ext._runs import calibrating, wide
 from torchprune_ext._statistics import ImportanceScores, Key
