@@ -308,20 +308,20 @@ def test_statistics_know_what_they_are():
                     TypeError, match=r"importance_scores holds a curvature.*hessian_diag= to global_obd"
                 ):
                     call(params, amount=0.5, importance_scores=named)
-        with pytest.raises(TypeError, match="grads holds a curvature"):
-            tpe.global_gradient_magnitude(params, amount=0.5, grads=named)
+        with pytest.raises(TypeError, match="grad holds a curvature"):
+            tpe.global_gradient_magnitude(params, amount=0.5, grad=named)
     for wrong, kind in ((scores, "importance scores"), (gradients, "gradients")):
         with pytest.raises(TypeError, match=f"hessian_diag holds {kind}"):
             tpe.global_obd_saliency(params, amount=0.5, hessian_diag=wrong)
-    with pytest.raises(TypeError, match="grads holds importance scores"):
-        tpe.global_gradient_magnitude(params, amount=0.5, grads=scores)
+    with pytest.raises(TypeError, match="grad holds importance scores"):
+        tpe.global_gradient_magnitude(params, amount=0.5, grad=scores)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for call, argument, right in (
         (tpe.global_unstructured, "importance_scores", scores),
         (tpe.global_unstructured, "importance_scores", gradients),
         (tpe.global_unstructured, "importance_scores", calibration.random(params)),
         (tpe.global_unstructured, "importance_scores", dict(curvature)),
-        (tpe.global_gradient_magnitude, "grads", gradients),
+        (tpe.global_gradient_magnitude, "grad", gradients),
         (tpe.global_obd_saliency, "hessian_diag", curvature),
         (tpe.global_obd_saliency, "hessian_diag", hessian),
     ):

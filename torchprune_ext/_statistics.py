@@ -27,7 +27,7 @@ class Gradients(Statistic):
 
     kind = "gradients"
     goes_to: ClassVar = {
-        "grads": "global_gradient_magnitude",
+        "grad": "global_gradient_magnitude",
         "importance_scores": "all calls that rank by given scores",
     }
 
