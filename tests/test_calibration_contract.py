@@ -92,7 +92,7 @@ def test_bad_arguments_are_refused_by_name(call):
             call(arguments[0], F.cross_entropy, batches, arguments[1], **options)
         assert before.differences() == []
     if call is not activations:
-        with pytest.raises(ValueError, match="'nope' is no parameter"):
+        with pytest.raises(ValueError, match="'nope' is not a parameter"):
             call(model, F.cross_entropy, batches, [(model[0], "nope")])
 
 

@@ -220,7 +220,7 @@ REFUSED = {
     "no data": (two, list, {}, pairs, ValueError),
     "an empty generator": (two, lambda: iter(()), {}, pairs, ValueError),
     "a batch without samples": (two, lambda: [*EIGHT, (torch.zeros(0, 4).double(), None)], {}, pairs, ValueError),
-    "no pairs of inputs": (two, lambda: [x for x, _ in EIGHT], {}, pairs, TypeError),
+    "a batch instead of batches": (two, lambda: EIGHT[0][0], {}, pairs, TypeError),
     "max_batches": (two, lambda: EIGHT, {"max_batches": 0}, pairs, ValueError),
     "no params": (two, lambda: EIGHT, {}, lambda model: [], ValueError),
     "no such": (two, lambda: EIGHT, {}, lambda model: [(nn.Linear(4, 4).double(), "weight")], ValueError),

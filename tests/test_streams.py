@@ -418,3 +418,25 @@ def test_transformer_layers_are_called_one_by_one():
     fits = tpe.prune_and_compensate(layer, batches, params, target_sparsity=0.5, progress=False)
     assert all(0 < fit.after < fit.before for fit in fits.values())
     assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+@pytest.mark.parametrize("how", ["bare", "dictionary", "prepare"])
+def test_unlabelled_data_of_any_form_gives_the_same(how):
+    class Named(nn.Linear):
+        def forward(self, input):
+            return super().forward(input)
+
+    found = []
+    for batches, options in (
+        (data((6,), (20, 10)), {}),
+        {
+            "bare": ([x for x, _ in data((6,), (20, 10))], {}),
+            "dictionary": ([{"input": x} for x, _ in data((6,), (20, 10))], {}),
+            "prepare": ([[x] for x, _ in data((6,), (20, 10))], {"prepare": lambda batch: (batch[0], None)}),
+        }[how],
+    ):
+        model = build(lambda: Named(6, 4))
+        prune.random_unstructured(model, "weight", amount=0.5)
+        compensate(model, batches, [(model, "weight")], **options)
+        found.append(model.weight.detach())
+    equal(found[1], found[0])

@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 from torchprune_ext._checks import check_fraction, check_whole
 from torchprune_ext._host import Target
 from torchprune_ext._layers import Layer
-from torchprune_ext._runs import Key, Options
+from torchprune_ext._loading import Options
+from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.fitting import Fits, Task
 from torchprune_ext.compensation.reference import Dense
 from torchprune_ext.compensation.solvers import (

@@ -5,18 +5,27 @@ Nothing here changes the model: what a pass has found is returned, and whoever a
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchprune_ext._checks import check_module, check_whole, warn
-from torchprune_ext._host import Target, all_or_nothing, install, pruned, remember_dense, rewrite, targets_of
+from torchprune_ext._checks import check_module, warn
+from torchprune_ext._host import (
+    Target,
+    all_or_nothing,
+    install,
+    pruned,
+    remember_dense,
+    rewrite,
+    targets_of,
+    warn_of_zeros,
+)
 from torchprune_ext._layers import Layer, Solution
-from torchprune_ext._runs import Key, Options, calibrating, wide, with_progress
+from torchprune_ext._loading import Options, taken, with_progress
+from torchprune_ext._runs import calibrating, wide
+from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.reference import Dense, reference_tables
 from torchprune_ext.compensation.solvers import Moments, Problem, refit
 from torchprune_ext.compensation.streams import Pass, Tables
@@ -24,7 +33,6 @@ from torchprune_ext.masks import finish
 from torchprune_ext.methods import GlobalPruning
 
 Decide = Callable[[Layer, Problem, Tensor, Tensor], tuple[Tensor, Tensor]]  # from weights and mask to new ones
-SampleMask = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +109,12 @@ class Task:
             create_bias: also give layers that were made without a bias one.
         """
         targets = _targets(model, params)
+        warn_of_zeros({target.where: target for target in targets})
         if options.get("process_group") is not None:
             raise ValueError("process_group= is not supported here: each layer is fitted in one process. Leave it out.")
         reference = reference_tables(model, targets, dense)
         free = _free_biases(model, targets, create_bias) if biases else frozenset()
-        return cls(model, targets, free, reference, dense is not None, _taken(loader, options), options)
+        return cls(model, targets, free, reference, dense is not None, taken(loader, options), options)
 
     def fit(
         self, decide: Decide | None = None, *, keep_better: bool = True, progress: bool | None = None
@@ -120,8 +129,6 @@ class Task:
         fits: Fits = {}
         masks: dict[Key, Tensor] = {}
         few: list[str] = []
-        sample_mask = self.options.get("sample_mask")
-        rows = [None if sample_mask is None else _bool_mask(sample_mask(batch)) for batch in self.batches]
         targets = [Target.of(target.module, target.name) for target in self.targets]
         quiet: Options = {**self.options, "progress": False}  # the bar counts layers
         with calibrating(self.model, [(target.module, target.name) for target in targets], quiet) as run:
@@ -152,7 +159,7 @@ class Task:
                 return layer.shaped(new), None if bias is None else bias.reshape(-1)
 
             walk = Pass(run, layers, self.reference, solve)
-            walk.over(list(run.batches(self.batches, "")), rows)
+            walk.over(list(run.batches(self.batches, "")))
             next(steps, None)
         found = []
         for layer, target in zip(layers, targets, strict=True):
@@ -266,22 +273,6 @@ def _free_biases(model: nn.Module, targets: Sequence[Target], create: bool) -> f
         if free:
             found.add(target.module)
     return frozenset(found)
-
-
-def _taken(loader: Iterable[Any], options: Options) -> list[Any]:
-    """Return the batches that the options ask for."""
-    most = options.get("max_batches")
-    if most is not None:
-        check_whole("max_batches", most, 1)
-    with torch.random.fork_rng() if options.get("keep_rng") else nullcontext():
-        return list(islice(loader, most))
-
-
-def _bool_mask(mask: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"sample_mask gave {what}. Let it return a bool tensor, True where a sample counts.")
-    return mask
 
 
 def tell(bar: Any, sparsity: float, error: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchprune_ext._checks import check_module
 from torchprune_ext._fingerprints import Fingerprint
 from torchprune_ext._host import Target, changed_since_pruned, plain_entries, pruned, targets_of
-from torchprune_ext._runs import Key
+from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.streams import Tables
 
 REMEDY = (

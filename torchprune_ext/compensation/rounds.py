@@ -8,7 +8,8 @@ from typing_extensions import Unpack
 
 from torchprune_ext._checks import check_whole, errors_about
 from torchprune_ext._host import Target, all_or_nothing
-from torchprune_ext._runs import Key, Options, with_progress
+from torchprune_ext._loading import Options, with_progress
+from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.calls import Sparsity, goals_of
 from torchprune_ext.compensation.fitting import Fits, Task, tell
 from torchprune_ext.compensation.reference import Dense

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchprune_ext._batches import Batch, check_mask, mask_rows
 from torchprune_ext._layers import Layer, Multiply, Solution
-from torchprune_ext._runs import Batch, Run, tree_map
+from torchprune_ext._rows import MIXED, Seen, sample_axis, seen
+from torchprune_ext._runs import Run
 from torchprune_ext.compensation.coroutines import Coroutine, hand_out
 from torchprune_ext.compensation.solvers import Moments
 
@@ -31,10 +33,6 @@ Solve = Callable[[Layer, Moments], Solution]  # the bias is None where it stays
 Tables = Sequence[tuple[dict[str, Any], str, Any]]  # a table of a module, a key in it, and what to put there
 SUMMED_ROWS = 4096  # of a least squares in one product: few enough for sums in float32
 SUMMED_NUMBERS = 1 << 18  # or more rows, if their inputs are no more numbers than the cache holds
-MIXED = (
-    "Every tensor of a batch whose first axis is as long as the batch, here {size}, counts as one entry per sample. If "
-    "one is something else, choose another batch size or pass prepare=."
-)
 
 
 class Pass:
@@ -55,50 +53,40 @@ class Pass:
         self.kept: list[tuple[dict[str, Any], str]] = []  # where modules keep tensors while a batch goes through
         self.held: dict[Coroutine, list[Any]] = {}
 
-    def over(self, batches: Sequence[Batch], masks: Sequence[Tensor | None]) -> None:
-        """Go through the model with all ``batches``; ``solved`` then holds the new weights of all layers.
-
-        Args:
-            batches: the data.
-            masks: for each batch which samples, or rows of samples, count: ``(samples, ...)``; None for all.
-        """
-        for batch, mask in zip(batches, masks, strict=True):
-            if mask is not None and mask.shape[:1] != (batch.size,):
-                raise ValueError(
-                    f"sample_mask gave shape {tuple(mask.shape)} for a batch of {batch.size} samples. Let it return "
-                    "one value for each sample, (samples,), or for each token, (samples, tokens)."
-                )
+    def over(self, batches: Sequence[Batch]) -> None:
+        """Go through the model with all ``batches``; ``solved`` then holds the new weights of all layers."""
+        for batch in batches:
+            check_mask(batch.mask, batch.size)  # which refuses a batch without samples too
+        masked = any(batch.mask is not None for batch in batches)
         with torch.no_grad():
-            self._rehearse(batches[0], sample_axes=any(mask is not None for mask in masks))
+            self._rehearse(batches[0], sample_axes=masked)
             device = self.run.tensors[0].device.type
             works = [partial(self.run.output, batch.inputs) for batch in batches]
             calls = [(Coroutine(work, device), Coroutine(work, device)) for work in works]
             try:
                 with self._instead_of_products(self._reach), torch.autocast(device, enabled=False):
-                    while self._next(calls, batches, masks):
+                    while self._next(calls, batches):
                         pass
             finally:
                 for call in calls:
                     for each in call:
                         each.close()
 
-    def _next(
-        self, calls: Sequence[tuple[Coroutine, Coroutine]], batches: Sequence[Batch], masks: Sequence[Tensor | None]
-    ) -> bool:
+    def _next(self, calls: Sequence[tuple[Coroutine, Coroutine]], batches: Sequence[Batch]) -> bool:
         """Let all batches go on to the next layer and solve it; return False if they have come to the end instead."""
         reached, moments = None, Moments()
-        for number, ((dense, pruned), batch, mask) in enumerate(zip(calls, batches, masks, strict=True)):
+        for number, ((dense, pruned), batch) in enumerate(zip(calls, batches, strict=True)):
             y, x = self._resume(dense, dense=True), self._resume(pruned, dense=False)
             layers = {None if stop is None else stop[0] for stop in (y, x)} | ({reached} if number else set())
             if len(layers) > 1 or (y is not None and y[0] in self.solved):
                 raise self._other_way()
             if x is not None and y is not None:
                 reached = x[0]
-                self._bring(moments, reached, x[1], y[1], batch, mask)
+                self._bring(moments, reached, x[1], y[1], batch)
         if reached is None and len(self.solved) < len(self.layers):
             raise self._other_way()
         if reached is not None:
-            self.solved[reached] = self._solution(reached, moments, masked=any(m is not None for m in masks))
+            self.solved[reached] = self._solution(reached, moments, batches)
         return reached is not None
 
     def _resume(self, call: Coroutine, *, dense: bool) -> tuple[Layer, Tensor] | None:
@@ -150,8 +138,8 @@ class Pass:
             self.kept += [(table, key) for key in changed]
         again = self._seen(batch.inputs)
         for layer, (shape, rows) in once.items():
-            other = again.get(layer, (torch.Size(), rows))
-            if shape != other[0] or not torch.allclose(rows, other[1], rtol=1e-3, atol=1e-6, equal_nan=True):
+            other = again.get(layer, Seen(torch.Size(), rows))
+            if shape != other.shape or not torch.allclose(rows, other.mixed, rtol=1e-3, atol=1e-6, equal_nan=True):
                 raise ValueError(
                     f"{layer.label} gets another input when the model gets the same batch again, so the pruned model "
                     "cannot be compared with the dense one. Switch off what is random, as dropout that is always on."
@@ -169,60 +157,39 @@ class Pass:
                 )
         if sample_axes:
             try:
-                twice = self._seen(_joined(batch))
+                twice = self._seen(batch.with_first_behind())
             except (RuntimeError, IndexError) as error:
                 raise ValueError(
                     f"loader: the model fails on a batch that is given twice over. {MIXED.format(size=batch.size)}"
                 ) from error
             for layer in self.layers:
-                self.axes[layer] = self._sample_axis(layer, batch.size, once[layer], twice.get(layer))
+                last = 0 if layer.convolution else len(once[layer].shape) - 2
+                self.axes[layer] = sample_axis(layer.label, batch.size, once[layer], twice.get(layer), last)
 
-    def _seen(self, inputs: Any, *, zero: bool = False) -> dict[Layer, tuple[torch.Size, Tensor]]:
+    def _seen(self, inputs: Any, *, zero: bool = False) -> dict[Layer, Seen]:
         """Return the shape of each layer's input when the model gets ``inputs``, and a mixture of its last axis.
 
         With ``zero`` the layers multiply with zeros instead of their weights.
         """
-        found: dict[Layer, tuple[torch.Size, Tensor]] = {}
+        found: dict[Layer, Seen] = {}
 
         def look(layer: Layer, x: Tensor, multiply: Multiply) -> Tensor:
             if layer in found:
                 raise ValueError(f"{layer.label} is called more than once in a pass. Leave it out.")
             y = multiply((torch.zeros_like(layer.weight), layer.bias)) if zero else multiply()
-            with torch.autocast(x.device.type, enabled=False):
-                if not zero:
+            if not zero:
+                with torch.autocast(x.device.type, enabled=False):
                     layer.check(x)
-                mixed = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-                found[layer] = x.shape, mixed @ torch.arange(x.shape[-1], device=x.device).add(1).sin().to(mixed)
+            found[layer] = seen(x)
             return y
 
         with self._instead_of_products(look):
             self.run.output(inputs)
         return found
 
-    def _sample_axis(
-        self, layer: Layer, size: int, once: tuple[torch.Size, Tensor], twice: tuple[torch.Size, Tensor] | None
-    ) -> int:
-        """Return the axis of a layer's input on which the ``size`` samples stand, or rows of them one after another."""
-        (shape, plain), (longer, other) = once, twice or (torch.Size(), once[1])
-        grown = [axis for axis, pair in enumerate(zip(shape, longer, strict=False)) if pair[0] != pair[1]]
-        if len(shape) == len(longer) and len(grown) == 1 and longer[grown[0]] == 2 * shape[grown[0]]:
-            [axis] = grown
-            last = 0 if layer.convolution else len(shape) - 2
-            if axis <= last and shape[axis] % size == 0:
-                first = plain.narrow(axis, 0, shape[axis] // size)
-                expected = torch.cat([plain, *[first] * size], axis)
-                most = float(expected.nan_to_num(0, 0, 0).abs().max())
-                if torch.allclose(other, expected, rtol=1e-2, atol=1e-2 * most, equal_nan=True):
-                    return axis
-        raise ValueError(
-            f"{layer.label} gets an input of shape {tuple(shape)} in which a sample's rows depend on other samples or "
-            f"do not stand together, so sample_mask= does not tell which of them count. {MIXED.format(size=size)} "
-            "Otherwise leave the layer out."
-        )
-
     # --- the pass
 
-    def _bring(self, moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch, mask: Tensor | None) -> None:
+    def _bring(self, moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch) -> None:
         """Add the pruned stream's inputs ``x`` and the reference's outputs ``y`` to the moments."""
         axis = self.axes.get(layer, 0)
         x, y = x.movedim(axis, 0), y.movedim(axis, 0)
@@ -234,7 +201,9 @@ class Pass:
         if not len(x):
             return
         each = layer.outputs(y[:1]).shape[1]  # rows of the least squares for one entry of the first axis
-        keep = None if mask is None else _rows_that_count(mask, layer, len(y) * each // batch.size)
+        keep = None
+        if batch.mask is not None:
+            keep = mask_rows(batch.mask, len(y) * each // batch.size, layer.label).to(x.device)
         step = max(max(SUMMED_ROWS, SUMMED_NUMBERS // layer.weight[0].numel()) // max(each, 1), 1)
         for start in range(0, len(x), step):
             inputs, outputs = layer.inputs(x[start : start + step]), layer.outputs(y[start : start + step])
@@ -243,8 +212,9 @@ class Pass:
                 inputs, outputs = inputs[:, some], outputs[:, some]
             moments.add(inputs, outputs)
 
-    def _solution(self, layer: Layer, moments: Moments, *, masked: bool) -> Solution:
+    def _solution(self, layer: Layer, moments: Moments, batches: Sequence[Batch]) -> Solution:
         if not moments.count:
+            masked = any(batch.mask is not None for batch in batches)
             raise ValueError(
                 "sample_mask leaves out every sample. Let it be True where a sample counts."
                 if masked
@@ -272,25 +242,3 @@ def _holding(tables: Tables) -> Iterator[None]:
     finally:
         for table, key, value in before:
             table[key] = value
-
-
-def _joined(batch: Batch) -> Any:
-    """Return the inputs of ``batch`` with as many repetitions of its first sample behind."""
-    return tree_map(
-        lambda t: torch.cat((t, t[:1].expand_as(t))) if t.dim() and len(t) == batch.size else t, batch.inputs
-    )
-
-
-def _rows_that_count(mask: Tensor, layer: Layer, each: int) -> Tensor:
-    """Return which of all rows count, of which there are ``each`` for a sample."""
-    mask = mask.flatten(1) if mask.dim() > 1 else mask.unsqueeze(1)
-    if each == 1:
-        mask = mask.any(1)
-    elif mask.shape[1] == 1:
-        mask = mask.expand(-1, each)
-    elif mask.shape[1] != each:
-        raise ValueError(
-            f"sample_mask gave {mask.shape[1]} values for each sample, of which {layer.label} sees {each} rows. "
-            "Let it return one for each sample, or leave the layer out."
-        )
-    return mask.reshape(-1).to(layer.weight.device)
