@@ -4,19 +4,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed.stamp
+OLDEST := .venv-oldest
+PYTHON_OLDEST ?= $(shell for p in python3.10 python3.11 python3.12; do $$p -c pass 2>/dev/null && echo $$p && break; done)
 SPHINX := $(BIN)/python -m sphinx -E -W -n --keep-going -q
 
 export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test lint types docs docs-examples unit clean
+.PHONY: help install demo test lint types docs docs-examples unit test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo   prune a LeNet on real digits by every method, with and without re-fitting; pictures in build/demo"
-	@echo "make test   ruff, mypy, documentation and its examples, pytest with doctests"
-	@echo "make docs   build the documentation into build/docs"
-	@echo "make clean  remove what was built; .venv stays (delete it to install afresh)"
+	@echo "make demo         prune a LeNet on real digits by every method, with and without re-fitting; pictures in build/demo"
+	@echo "make test         ruff, mypy, documentation and its examples, pytest with doctests"
+	@echo "make test-oldest  pytest with doctests, with Python 3.10 and the oldest PyTorch that the package promises"
+	@echo "make docs         build the documentation into build/docs"
+	@echo "make clean        remove what was built; .venv and .venv-oldest stay (delete them to install afresh)"
 
 install: $(INSTALLED)
 
@@ -62,6 +65,26 @@ docs-examples: $(INSTALLED)
 unit: $(INSTALLED)
 	@echo "== pytest: tests and doctests"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The environment is .venv, with the oldest releases in place of the newest: tests/oldest.txt names them.
+$(OLDEST)/installed.stamp: pyproject.toml tests/oldest.txt
+	@test -n "$(PYTHON_OLDEST)" || { \
+		echo "Python 3.10 is needed, the oldest that the package promises: the oldest PyTorch has none after 3.12."; \
+		echo "Name one, for example: make test-oldest PYTHON_OLDEST=/opt/python3.10/bin/python3"; exit 1; }
+	@$(PYTHON_OLDEST) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || { \
+		echo "PYTHON_OLDEST=$(PYTHON_OLDEST) is not Python 3.10, 3.11 or 3.12: the oldest PyTorch has no others."; exit 1; }
+	@$(PYTHON_OLDEST) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' || \
+		echo "note: $(PYTHON_OLDEST) is not Python 3.10; this tests the oldest PyTorch, not the oldest Python"
+	@echo "== install into $(OLDEST): the package, the oldest releases that it promises, and the test tools (minutes)"
+	$(PYTHON_OLDEST) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet "pip>=22"
+	$(OLDEST)/bin/python -m pip install --constraint tests/oldest.txt --editable ".[test]"
+	@touch $@
+
+test-oldest: $(OLDEST)/installed.stamp
+	@echo "== pytest: tests and doctests with the oldest releases that pyproject.toml promises"
+	@$(OLDEST)/bin/python -c 'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -rs
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
