@@ -38,7 +38,7 @@ class Coroutine:
         self.error: BaseException | None = None
         self.closing = False
         self.autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        default = torch.get_default_device()
+        default = torch.empty(0).device  # torch.get_default_device() misses `with torch.device(...)` on torch 2.4
         self.default = nullcontext() if default.type == "cpu" else default
         self.thread = threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True)
 
