@@ -390,7 +390,8 @@ def model():
 
 
 def pruned_models_can_be_sharded_and_train(rank, world, group):
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    from torch.distributed.fsdp import fully_shard
+
     mesh = dist.init_device_mesh("cpu", (world,))
     inputs = torch.linspace(-1, 1, 4 * 8).reshape(4, 8)
     sharded, dense = model(), model()
@@ -398,8 +399,8 @@ def pruned_models_can_be_sharded_and_train(rank, world, group):
     linear = [layer for layer in sharded if isinstance(layer, nn.Linear)]
     masks = [layer.weight_mask.clone() for layer in linear]
     for layer in linear:
-        fsdp.fully_shard(layer, mesh=mesh, reshard_after_forward=layer is not linear[1])
-    fsdp.fully_shard(sharded, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=layer is not linear[1])
+    fully_shard(sharded, mesh=mesh)
     twins = [layer for layer in dense if isinstance(layer, nn.Linear)]
     for _ in range(3):
         seen = []
@@ -429,9 +430,10 @@ def pruned_models_can_be_sharded_and_train(rank, world, group):
 
 
 def sharded_models_are_refused_with_what_to_do(rank, world, group):
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    from torch.distributed.fsdp import fully_shard
+
     sharded = model()
-    fsdp.fully_shard(sharded, mesh=dist.init_device_mesh("cpu", (world,)))
+    fully_shard(sharded, mesh=dist.init_device_mesh("cpu", (world,)))
     params = tpe.prunable_parameters(sharded)
     names = [name for name, _ in sharded.named_parameters()]
     for args in ({}, {"process_group": group}):
@@ -492,5 +494,11 @@ def run(rank, world, init, scenarios):
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_do_what_one_does(world, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    more = SHARDING if world == 2 else (groups_of_ranks_have_budgets_of_their_own,)
+    more = () if world == 2 else (groups_of_ranks_have_budgets_of_their_own,)
     mp.spawn(run, (world, f"file://{tmp_path}/init", (*SCENARIOS, *more)), nprocs=world)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="fully_shard needs torch 2.6")
+def test_prune_then_shard_and_not_the_other_way_round(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    mp.spawn(run, (2, f"file://{tmp_path}/init", SHARDING), nprocs=2)

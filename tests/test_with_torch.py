@@ -117,7 +117,7 @@ def test_the_exported_program_computes_the_same():
     x = input_for(model[0])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The tensor attributes .* were assigned during export")  # as native
-        program = torch.export.export(model, (x,))
+        program = torch.export.export(model, (x,), strict=False)  # torch 2.4 traces no module's hooks when strict
     assert torch.equal(program.module()(x), model(x))
 
 
