@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -81,7 +81,7 @@ class Target:
                 f"{type(module).__name__} has a {name}_orig or {name}_mask of its own, where pruning stores its state. "
                 "Rename it."
             )
-        if isinstance(target.parameter, UninitializedParameter):
+        if is_lazy(target.parameter):
             raise ValueError(f"{type(module).__name__}.{name} has no shape yet. Run one forward first, then prune.")
         if (reason := obstacle(name, target.parameter)) is not None:
             raise ValueError(f"{target.where} {reason}")
