@@ -498,7 +498,7 @@ def test_several_processes_do_what_one_does(world, tmp_path, monkeypatch):
     mp.spawn(run, (world, f"file://{tmp_path}/init", (*SCENARIOS, *more)), nprocs=world)
 
 
-# fully_shard is public from 2.6 on; dense models too fail on CPU in 2.6 and get summed gradients in 2.7 (pytorch#162338)
+# on CPU, dense models too: torch 2.6 fails, 2.7 adds gradients where it should average them (pytorch#162338)
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="fully_shard on CPU is right on torch 2.14, wrong on 2.7")
 def test_prune_then_shard_and_not_the_other_way_round(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -40,9 +40,8 @@ def hook_classes():
     classes = {tpe.NM}
     for module in pkgutil.walk_packages(tpe.__path__, "torchprune_ext."):
         members = vars(importlib.import_module(module.name)).values()
-        classes |= {
-            c for c in members if inspect.isclass(c) and issubclass(c, Method) and not c.__name__.startswith("_")
-        }
+        found = {c for c in members if type(c) is type(Method) and issubclass(c, Method)}
+        classes |= {c for c in found if not c.__name__.startswith("_")}
     return classes
 
 

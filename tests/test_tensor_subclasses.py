@@ -35,3 +35,10 @@ def test_a_sharded_parameter_is_refused_as_sharded():
 def test_a_lazy_parameter_is_refused_as_lazy():
     with pytest.raises(ValueError, match=r"has no shape yet\. Run one forward first"):
         tpe.nm_structured(nn.LazyLinear(2), "weight", 2, 4)
+
+
+def test_a_parameter_of_a_subclass_is_drawn():
+    pytest.importorskip("matplotlib")
+    from torchprune_ext import plots
+
+    plots.weight_histograms(layer(Plain))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from torchprune_ext._checks import check_module
 from torchprune_ext._host import pruned
@@ -298,7 +298,7 @@ def _find_weights(param: str, model: nn.Module) -> Iterator[_Weight]:
         for stored, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             target = targets.get((id(module), stored))
             label = f"{path}.{stored if target is None else target.name}".lstrip(".")
-            if isinstance(parameter, UninitializedParameter):
+            if is_lazy(parameter):
                 raise ValueError(f"{param}: {label} has no shape yet. Run one forward first, then draw.")
             weight = _Weight(label, parameter, None if target is None else target.mask)
             _check_drawable(f"{param}: {weight.where}", parameter)
