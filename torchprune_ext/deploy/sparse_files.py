@@ -1,0 +1,417 @@
+"""Files of sparse models: only what survived, where it stands, and no pickle."""
+
+import json
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import BinaryIO, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_ext._checks import errors_about
+from torchprune_ext.deploy.container import (
+    BLOCK,
+    CODES,
+    DAMAGED,
+    Part,
+    Source,
+    make_header,
+    opened,
+    read_header,
+    replaced,
+    short,
+    strict_json,
+    to_bytes,
+)
+from torchprune_ext.deploy.encodings import (
+    ENTRIES,
+    OVERHEAD,
+    SIGNED_ZERO,
+    Layout,
+    gap_bytes,
+    nonzero,
+    pack,
+    pack_gaps,
+    unpack,
+    unpack_gaps,
+    words,
+)
+from torchprune_ext.deploy.slots import Slot, listed, row, same_mask, slots_of
+
+M = TypeVar("M", bound=nn.Module)
+VERSION = 1
+
+
+# --- save -----------------------------------------------------------------------------------------
+
+
+def save_sparse(model: nn.Module, path: "str | os.PathLike[str]") -> None:
+    """Write the weights of a pruned model to a file that holds only what survived.
+
+    The file is a valid safetensors file. For each tensor it holds the survivors and where they stand, as a bit mask or
+    as gaps, or all entries, whichever is smallest. While pruned, masks say what survives; what lies under them is not
+    written. After ``remove``, zeros are left out. Names are those of the dense model. Tied tensors are written once.
+
+    Besides the model, memory is needed for a few megabytes, or for one tensor if that is not contiguous.
+
+    Args:
+        model: any module, pruned by whatever method, or not at all; on any device, of any dtype. It is not changed.
+        path: where to write. A file that is there is replaced when the new one is complete, not before.
+
+    Raises:
+        TypeError: ``model`` is not a module, ``path`` not a path.
+        ValueError: the model holds what a file without pickle cannot hold: extra state, a tensor on the meta device, a
+            sharded or quantized one, a mask with other entries than 0 and 1.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from torch.nn.utils import prune
+        >>> layer = prune.l1_unstructured(nn.Linear(256, 256), "weight", amount=0.9)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "model.safetensors"
+        ...     save_sparse(layer, path)
+        ...     fresh = load_sparse(nn.Linear(256, 256), path)
+        ...     share = path.stat().st_size / (4 * 256 * 257)
+        >>> bool((fresh.weight == layer.weight).all()), share < 0.14
+        (True, True)
+    """
+    slots = slots_of(model)
+    aliases = _aliases(slots)
+    slots = {name: slot for name, slot in slots.items() if name not in aliases}
+    layouts = {name: _choose(slot) for name, slot in slots.items()}
+    owners: dict[str, str] = {}
+    parts: dict[str, Part] = {}
+    for name, layout in layouts.items():
+        for key, part in layout.parts(name).items():
+            if key in parts or key == "__metadata__":
+                raise ValueError(
+                    f"the name {short(key)} is needed for tensor {short(name)} and is used already. Rename one of them."
+                )
+            owners[key], parts[key] = name, part
+    said = {name: entry for name, layout in layouts.items() if (entry := layout.as_json()) is not None}
+    about = {"version": VERSION, "tensors": said, "aliases": aliases}
+    metadata = {"format": "pt", "torchprune_ext": json.dumps(about, ensure_ascii=False, separators=(",", ":"))}
+    try:
+        header, order = make_header(parts, metadata)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a name of the model cannot be written as UTF-8: {error}. Rename it.") from None
+    with replaced(path) as file:
+        file.write(header)
+        for key in order:
+            name = owners[key]
+            for block in _data(slots[name], layouts[name], key.removeprefix(name)):
+                file.write(to_bytes(block))
+
+
+def _aliases(slots: dict[str, Slot]) -> dict[str, str]:
+    """Return which names stand for the same values under the same mask as an earlier name."""
+    first: dict[tuple[object, ...], list[str]] = {}
+    aliases = {}
+    for name, slot in slots.items():
+        known = first.setdefault(slot.place, [])
+        twin = next((other for other in known if same_mask(slots[other].mask, slot.mask)), None)
+        if twin is None:
+            known.append(name)
+        else:
+            aliases[name] = twin
+    return aliases
+
+
+def _choose(slot: Slot) -> Layout:
+    """Return the smallest layout of a tensor; one that keeps the mask, if it is pruned."""
+    shape, dtype, history = tuple(slot.tensor.shape), slot.tensor.dtype, slot.history()
+    survivors, negative = 0, False
+    for entries, alive in slot.blocks():
+        survivors += int(alive.sum())
+        negative |= history is None and bool((_negative_zeros(entries, dtype)).any())
+    dense = Layout(dtype, shape)
+    mask = Layout(dtype, shape, "mask", 0, survivors, -(-dense.numel // 8), negative, history)
+    found = [mask]
+    if 2 * survivors < dense.numel:  # else gaps, of at least 2 bits each, are longer than the mask
+        sizes = gap_bytes(alive for _, alive in slot.blocks())
+        bits = min(sizes, key=lambda bits: sizes[bits])
+        found.append(Layout(dtype, shape, "gaps", bits, survivors, sizes[bits], negative, history))
+    best = min(found, key=Layout.nbytes)
+    return best if history is not None or best.nbytes() + OVERHEAD < dense.nbytes() else dense
+
+
+def _negative_zeros(entries: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return which entries are -0.0."""
+    return (entries == torch.iinfo(entries.dtype).min) & (dtype in SIGNED_ZERO)
+
+
+def _data(slot: Slot, layout: Layout, part: str) -> Iterator[Tensor]:
+    """Yield what a part of a tensor holds, block by block; ``part`` is what follows the tensor's name in the part's."""
+    if part == ".gaps":
+        yield from pack_gaps((alive for _, alive in slot.blocks()), layout.bits)
+        return
+    for entries, alive in slot.blocks():
+        if part == ".values":
+            yield entries[alive]
+        elif part == ".mask":
+            yield pack(alive.view(torch.uint8), 1)
+        elif part == ".negative_zeros":
+            yield pack(_negative_zeros(entries, slot.tensor.dtype).view(torch.uint8), 1)
+        else:
+            yield entries
+
+
+# --- read -----------------------------------------------------------------------------------------
+
+
+class SparseFile:
+    """What a file of :func:`save_sparse` holds, all of it checked but the values, which may be any.
+
+    Args:
+        file: the open file.
+
+    Raises:
+        ValueError: it is not such a file, or it is damaged.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        metadata, self._parts = read_header(file)
+        if "torchprune_ext" not in metadata:
+            raise ValueError(
+                "the file was not written by save_sparse. Load a dense safetensors file with the safetensors package."
+            )
+        about = strict_json(metadata["torchprune_ext"], "the metadata torchprune_ext")
+        version = about.get("version") if isinstance(about, dict) else None
+        if type(version) is int and version > VERSION:
+            raise ValueError(f"the file has version {version} of the format, this library reads {VERSION}. Update it.")
+        if version != VERSION or type(version) is not int or set(about) != {"version", "tensors", "aliases"}:
+            raise ValueError(f"the metadata torchprune_ext do not hold just version, tensors and aliases. {DAMAGED}")
+        said, aliases = about["tensors"], about["aliases"]
+        if not isinstance(said, dict) or not isinstance(aliases, dict):
+            raise ValueError(f"tensors or aliases of the metadata are not a table. {DAMAGED}")
+        self.layouts = {name: Layout.of_json(name, entry, self._parts) for name, entry in said.items()}
+        claimed: dict[str, str] = {}
+        for name, layout in self.layouts.items():
+            for key in layout.parts(name):
+                if claimed.setdefault(key, name) != name:
+                    raise ValueError(f"part {short(key)} belongs to two tensors. {DAMAGED}")
+        for name, part in self._parts.items():
+            if name not in claimed:
+                if name in self.layouts:
+                    raise ValueError(f"tensor {short(name)} is there twice, sparse and dense. {DAMAGED}")
+                self.layouts[name] = Layout(CODES[part.code], part.shape)
+        self.aliases: dict[str, str] = aliases
+        for name, other in self.aliases.items():
+            if name in self.layouts or not isinstance(other, str) or other not in self.layouts:
+                raise ValueError(f"alias {short(name)} of {short(other)} does not stand for a tensor. {DAMAGED}")
+        for name, layout in self.layouts.items():
+            with errors_about(f"tensor {short(name)}"):
+                self._check(name, layout)
+
+    def of(self, name: str) -> str:
+        """Return the name under which the values of ``name`` are written."""
+        return self.aliases.get(name, name)
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, aliases included."""
+        return [*self.layouts, *self.aliases]
+
+    def _source(self, name: str, part: str) -> Source:
+        return Source(self._file, self._parts[f"{name}{part}"])
+
+    def _check(self, name: str, layout: Layout) -> None:
+        """Raise ``ValueError`` if what says where survivors stand is damaged; takes time by bytes, not by claims."""
+        if layout.dtype == torch.bool:
+            source = self._source(name, "" if layout.encoding == "dense" else ".values")
+            while len(block := source.take(BLOCK)):
+                if int(block.max()) > 1:
+                    raise ValueError(f"a byte of a bool tensor is {int(block.max())}, not 0 or 1. {DAMAGED}")
+        if layout.encoding == "gaps":
+            for _ in unpack_gaps(self._source(name, ".gaps").take, layout):
+                pass
+        for part in [".mask"] * (layout.encoding == "mask") + [".negative_zeros"] * layout.negative_zeros:
+            spare = layout.index_bytes if part == ".mask" else -(-layout.numel // 8)
+            source, found = self._source(name, part), 0
+            for start in range(0, spare, ENTRIES // 8):
+                bits = unpack(source.take(ENTRIES // 8), 1)
+                if start + ENTRIES // 8 >= spare and bool(bits[layout.numel - 8 * start :].any()):
+                    raise ValueError(f"spare bits behind its {part[1:]} are set. {DAMAGED}")
+                found += int(bits.sum())
+            if part == ".mask" and found != layout.survivors:
+                raise ValueError(f"its mask has {found} bits set, but {layout.survivors} values. {DAMAGED}")
+        if layout.negative_zeros:
+            for alive, negative in zip(
+                self._alive(name, layout), self._bits(name, ".negative_zeros", layout.numel), strict=True
+            ):
+                if bool((alive & negative).any()):
+                    raise ValueError(f"an entry is both a survivor and a negative zero. {DAMAGED}")
+
+    def _bits(self, name: str, part: str, numel: int) -> Iterator[Tensor]:
+        """Yield a mask of the file in blocks of :data:`ENTRIES` entries, bool."""
+        source = self._source(name, part)
+        for start in range(0, numel, ENTRIES):
+            yield unpack(source.take(ENTRIES // 8), 1)[: numel - start].view(torch.bool)
+
+    def _alive(self, name: str, layout: Layout) -> Iterator[Tensor]:
+        """Yield which entries survive in blocks of :data:`ENTRIES` entries, bool."""
+        if layout.encoding == "mask":
+            yield from self._bits(name, ".mask", layout.numel)
+            return
+        blocks, waiting = unpack_gaps(self._source(name, ".gaps").take, layout), torch.empty(0, dtype=torch.int64)
+        for start in range(0, layout.numel, ENTRIES):
+            stop = min(start + ENTRIES, layout.numel)
+            while not len(waiting) or int(waiting[-1]) < stop:
+                if (more := next(blocks, None)) is None:
+                    break
+                waiting = torch.cat([waiting, more])
+            here = int((waiting < stop).sum())
+            alive = torch.zeros(stop - start, dtype=torch.bool)
+            alive[waiting[:here] - start] = True
+            waiting = waiting[here:]
+            yield alive
+
+    def blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the words of a tensor's entries, and which of them survive, as :meth:`Slot.blocks` does."""
+        layout = self.layouts[name]
+        if layout.encoding == "dense":
+            source = self._source(name, "")
+            for start in range(0, layout.numel, ENTRIES):
+                count = min(ENTRIES, layout.numel - start)
+                entries = words(source.take(count * layout.dtype.itemsize).view(layout.dtype))
+                yield entries, nonzero(entries, layout.dtype)
+            return
+        source = self._source(name, ".values")
+        negatives = self._bits(name, ".negative_zeros", layout.numel) if layout.negative_zeros else None
+        for alive in self._alive(name, layout):
+            entries = words(torch.zeros(len(alive), dtype=layout.dtype))
+            entries[alive] = words(source.take(int(alive.sum()) * layout.dtype.itemsize).view(layout.dtype))
+            if negatives is not None:
+                entries[next(negatives)] = torch.iinfo(entries.dtype).min
+            yield entries, alive
+
+
+# --- load -----------------------------------------------------------------------------------------
+
+
+def load_sparse(model: M, path: "str | os.PathLike[str]") -> M:
+    """Give a model the weights from a file of :func:`save_sparse`.
+
+    Tensors that are not pruned in ``model`` get the weights with zeros where the file's were pruned, as after
+    ``remove``: what a model needs to be served. For those that are pruned, ``weight_orig`` gets these values,
+    ``weight_mask`` becomes the mask of the file (for a tensor that was saved without one, what is not zero), and
+    ``weight`` their product. What was not written comes back as 0; all else has the bits that it had.
+
+    The file is not trusted. All of it is checked before the first value is written, so a file that is damaged, does
+    not fit or was made to do harm changes nothing. Loading runs no code from it. Besides the model, memory is needed
+    for a few megabytes, or for one tensor if that is not contiguous.
+
+    Args:
+        model: the module to load into, pruned or not, on any device. It must have the tensors of the file, with the
+            same shapes and dtypes.
+        path: a file that :func:`save_sparse` wrote.
+
+    Returns:
+        The model. Parameters, buffers and hooks are the same objects as before.
+
+    Raises:
+        TypeError: ``model`` is not a module, ``path`` not a path.
+        ValueError: the file is damaged or of another kind; names, shapes or dtypes do not fit the model; or tensors
+            that are tied in the model differ in the file. The model is unchanged.
+        OSError: the file cannot be read.
+
+    Example:
+        See :func:`save_sparse`.
+    """
+    slots = slots_of(model)
+    with opened(path) as file:
+        found = SparseFile(file)
+        _check_fit(slots, found)
+        _check_ties(slots, found)
+        done: set[tuple[object, ...]] = set()
+        # of tied tensors, those that are pruned come first: where they hold zeros, the dense one holds values
+        with torch.no_grad():
+            for name, slot in sorted(slots.items(), key=lambda item: item[1].mask is None):
+                job = (*slot.place, found.of(name), id(slot.mask))
+                if job not in done:
+                    done.add(job)
+                    _write(slot, found, found.of(name))
+    for slot in slots.values():
+        if slot.target is not None and slot.mask is not None:
+            product = slot.mask.to(slot.tensor.dtype) * slot.target.parameter
+            setattr(slot.target.module, slot.target.name, product)
+    return model
+
+
+def _write(slot: Slot, found: SparseFile, name: str) -> None:
+    """Write a tensor of the file, and its mask, into the tensor of a model."""
+    tensors = [slot.tensor.detach()] if slot.mask is None else [slot.tensor.detach(), slot.mask.detach()]
+    rows = [row(tensor) for tensor in tensors]  # copies of those that are not contiguous
+    start = 0
+    for entries, alive in found.blocks(name):
+        for to, block in zip(rows, (entries.view(-1).view(slot.tensor.dtype), alive), strict=False):
+            to[start : start + len(alive)].copy_(block)
+        start += len(alive)
+    for tensor, written in zip(tensors, rows, strict=True):
+        if written.data_ptr() != tensor.data_ptr():
+            tensor.copy_(written.view(tensor.shape))
+
+
+def _check_fit(slots: dict[str, Slot], found: SparseFile) -> None:
+    """Raise ``ValueError`` unless the tensors of file and model have the same names, shapes and dtypes."""
+    there = found.names()
+    surplus, missing = [n for n in there if n not in slots], sorted(slots.keys() - set(there))
+    if surplus or missing:
+        near = [(n, close[0]) for n in surplus[:10] if (close := get_close_matches(n[:200], missing[:2000], 1))]
+        raise ValueError(
+            f"{len(surplus)} tensors of the file are not in the model: {listed(surplus) or 'none'}; "
+            f"{len(missing)} of the model are not in the file: {listed(missing) or 'none'}."
+            + "".join(f" {short(a)} is close to {short(b)}." for a, b in near)
+            + " Load into a model of the same architecture and names."
+        )
+    for name, slot in slots.items():
+        layout, tensor = found.layouts[found.of(name)], slot.tensor
+        if layout.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"tensor {short(name)} has shape {layout.shape} in the file and {tuple(tensor.shape)} in the model. "
+                "Load into a model of the same architecture."
+            )
+        if layout.dtype != tensor.dtype:
+            raise ValueError(
+                f"tensor {short(name)} has dtype {layout.dtype} in the file and {tensor.dtype} in the model. "
+                f"Convert the model to {layout.dtype} first, load, and convert it back."
+            )
+        for each in (tensor, slot.mask):
+            if each is None:
+                continue
+            if any(step == 0 and size > 1 for step, size in zip(each.stride(), each.shape, strict=True)):
+                raise ValueError(
+                    f"tensor {short(name)} of the model is expanded: entries share memory. Clone it first."
+                )
+            if each.is_inference() and not torch.is_inference_mode_enabled():
+                raise ValueError(
+                    f"tensor {short(name)} of the model was made in torch.inference_mode() and cannot be written "
+                    "outside of it. Make the model outside of it, or load inside."
+                )
+
+
+def _check_ties(slots: dict[str, Slot], found: SparseFile) -> None:
+    """Raise ``ValueError`` if tensors that are one in the model differ in the file where both survive."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, slot in slots.items():
+        groups.setdefault(slot.place, []).append(name)
+    for names in groups.values():
+        names.sort(key=lambda name: slots[name].mask is not None)  # a dense one first, if there is one
+        for other in names[1:]:
+            if found.of(other) == found.of(names[0]):
+                continue
+            masked = [slots[name].mask is not None for name in (names[0], other)]
+            pairs = zip(found.blocks(found.of(names[0])), found.blocks(found.of(other)), strict=True)
+            for (a, alive_a), (b, alive_b) in pairs:
+                differ = (a != b).any(1) if a.ndim > 1 else a != b
+                if masked == [True, True]:
+                    differ |= alive_a != alive_b
+                elif masked == [False, True]:
+                    differ &= alive_b  # what lies under the mask of one is a weight of the other
+                if bool(differ.any()):
+                    raise ValueError(
+                        f"{short(names[0])} and {short(other)} are one tensor in the model (tied), but differ in the "
+                        "file. Untie them in the model first, or save the file from a model that ties them."
+                    )
