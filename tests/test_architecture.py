@@ -24,6 +24,7 @@ ORDER = [
     "_obstacles",
     "_host",
     "_reduction",
+    "_reduction",
     "_layers",
     "_statistics",
     "_loading",
@@ -35,6 +36,11 @@ ORDER = [
     "discovery",
     "lifecycle",
     "penalties",
+    "deploy.container",
+    "deploy.encodings",
+    "deploy.slots",
+    "deploy.sparse_files",
+    "deploy.inspection",
     "methods.base",
     "methods.entries",
     "methods.units",
@@ -58,6 +64,7 @@ ORDER = [
     "compensation.baseline",
     "compensation.rounds",
     "plots",
+    "__main__",
 ]  # the map of CONTRIBUTING.md, from the ground up; a package's __init__ stands behind its last module
 # _host knows how a module stores masks; the others read the keys of state dicts and of files
 KNOW_THE_HOST = {"_host", "_obstacles", "compensation.reference", "deploy.checkpoint", "deploy.slots"}

@@ -10,6 +10,7 @@ from torchprune_ext.compensation import (
     prune_in_rounds,
     sparsegpt,
 )
+from torchprune_ext.deploy import load_sparse, save_sparse
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
     block_ln,
@@ -89,6 +90,7 @@ __all__ = [
     "gradient_magnitude",
     "history",
     "kernel_ln",
+    "load_sparse",
     "mask_zeros",
     "masks",
     "nm_structured",
@@ -100,6 +102,7 @@ __all__ = [
     "pruned_parameters",
     "remove",
     "remove_all",
+    "save_sparse",
     "schedules",
     "selection",
     "sparsegpt",

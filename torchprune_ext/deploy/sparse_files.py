@@ -262,7 +262,7 @@ class SparseFile:
                 if (more := next(blocks, None)) is None:
                     break
                 waiting = torch.cat([waiting, more])
-            here = int((waiting < stop).sum())
+            here = int(torch.searchsorted(waiting, stop))
             alive = torch.zeros(stop - start, dtype=torch.bool)
             alive[waiting[:here] - start] = True
             waiting = waiting[here:]
