@@ -14,12 +14,14 @@ from torch import Tensor
 
 from torchprune_ext.deploy.container import BLOCK, CODES, DAMAGED, Source, opened, read_header, size_of
 from torchprune_ext.deploy.encodings import ENTRIES, Layout, nonzero, words
+from torchprune_ext.deploy.slots import listed
 from torchprune_ext.deploy.sparse_files import SparseFile
 
 HARMLESS = re.compile(
     r"torch (\w+Storage|b?float\w*|u?int\d+|bool|complex\w+|Size|device)|torch\.storage UntypedStorage|"
     r"torch\._utils _rebuild_(tensor_v[23]|parameter|parameter_with_state|sparse_tensor)|"
-    r"torch\.serialization _get_layout|collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
+    r"torch\.serialization _get_layout|collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|"
+    r"_codecs encode"
 )  # what the pickle of a checkpoint may name
 
 
@@ -136,12 +138,9 @@ def _checkpoint(file: BinaryIO, path: str) -> Iterator[Row]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except MemoryError:
-        raise ValueError(f"torch.load asks for more memory than there is. {DAMAGED}") from None
     except Exception as error:
         raise ValueError(
-            f"torch.load(weights_only=True) does not read it: {printable(str(error).partition(chr(10))[0][:200])}. "
-            "The file is damaged, or holds more than tensors; save the state dict of the model instead."
+            f"torch.load(weights_only=True) fails on it with a {type(error).__name__}. {DAMAGED}"
         ) from None
     limit = size_of(file)
     for name, tensor in _tensors(found, "", set()):
@@ -173,13 +172,16 @@ def _refuse_bombs(file: BinaryIO) -> None:
             file
         ):
             raise ValueError("it is compressed, or claims more bytes than the file has")
-        for entry in entries:
-            if entry.filename.endswith("/data.pkl"):
-                for opcode, called, _ in pickletools.genops(archive.read(entry)):
-                    if opcode.name == "GLOBAL" and not HARMLESS.fullmatch(str(called)):
-                        raise ValueError(f"it names {called}, which a checkpoint of plain tensors does not need")
+        pickles = [archive.read(entry) for entry in entries if entry.filename.endswith("/data.pkl")]
+        named = {str(name) for raw in pickles for code, name, _ in pickletools.genops(raw) if code.name == "GLOBAL"}
     except Exception as error:  # whatever damage leads zipfile and pickletools to
         raise ValueError(f"the archive is not valid: {printable(str(error)[:200])}. {DAMAGED}") from None
+    odd = sorted(name for name in named if not HARMLESS.fullmatch(name))
+    if odd:
+        raise ValueError(
+            f"it names {listed(odd)}, so it holds more than plain tensors, and reading it could run code or take any "
+            "amount of memory. Save the state dict of the model instead."
+        )
 
 
 def _tensors(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
