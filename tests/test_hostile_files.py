@@ -375,6 +375,6 @@ def test_a_compressed_checkpoint_is_not_unfolded(tmp_path):
 
 
 def test_damage_of_any_kind(tmp_path):
-    counts = fuzz(2000, seed=0, folder=tmp_path)
+    counts = fuzz(1500, seed=0, folder=tmp_path)
     assert {name for name in counts if name.isupper()} == set()
     assert min(counts[f"{call} {end}"] for call in ("load", "inspect") for end in ("accepted", "refused")) > 50
