@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from fuzz_sparse_files import bits, fuzz
+from fuzz_sparse_files import asked_for_too_much, bits, fuzz, limited_memory
 from torch import nn
 from torch.nn.utils import prune
 
@@ -374,6 +374,19 @@ def test_a_compressed_checkpoint_is_not_unfolded(tmp_path):
         describe(tmp_path / "z.pt")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory by /proc")
+def test_an_archive_that_claims_a_huge_entry_takes_no_memory(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "c.pt")
+    raw = bytearray((tmp_path / "c.pt").read_bytes())
+    entry = raw.index(b"PK\x01\x02")  # of data.pkl in the directory
+    raw[entry + 20 : entry + 24] = struct.pack("<I", 2**31 - 1)  # its compressed size
+    (tmp_path / "c.pt").write_bytes(raw)
+    with limited_memory(2**28), pytest.raises(ValueError, match="claims more bytes than the file has") as caught:
+        describe(tmp_path / "c.pt")
+    assert not asked_for_too_much(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory by /proc")
 def test_damage_of_any_kind(tmp_path):
     counts = fuzz(1500, seed=0, folder=tmp_path)
     assert {name for name in counts if name.isupper()} == set()

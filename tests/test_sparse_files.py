@@ -129,7 +129,7 @@ def test_any_mask_comes_back(tmp_path_factory, numel, density, seed, block):
         each.weight = nn.Parameter(torch.randn(numel, generator=generator))
         prune.custom_from_mask(each, "weight", (torch.rand(numel, generator=generator) < density).float())
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("encodings", "slots", "sparse_files"):
+        for module in ("reading", "slots"):
             patch.setattr(f"torchprune_ext.deploy.{module}.ENTRIES", block)
         tpe.save_sparse(model, path)
         tpe.load_sparse(other, path)

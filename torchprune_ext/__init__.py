@@ -10,7 +10,7 @@ from torchprune_ext.compensation import (
     prune_in_rounds,
     sparsegpt,
 )
-from torchprune_ext.deploy import load_sparse, save_sparse
+from torchprune_ext.deploy.sparse_files import load_sparse, save_sparse
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
     block_ln,

@@ -1,5 +1,1 @@
-"""What becomes of a pruned model after pruning: files."""
-
-from torchprune_ext.deploy.sparse_files import load_sparse, save_sparse
-
-__all__ = ["load_sparse", "save_sparse"]
+"""The life of a pruned model: copied, saved, loaded, trained and served, whatever method made its masks."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from torchprune_ext.deploy.container import BLOCK, CODES, DAMAGED, Source, opened, read_header, size_of
 from torchprune_ext.deploy.encodings import ENTRIES, Layout, nonzero, words
+from torchprune_ext.deploy.reading import SparseFile
 from torchprune_ext.deploy.slots import listed
-from torchprune_ext.deploy.sparse_files import SparseFile
 
 HARMLESS = re.compile(
     r"torch (\w+Storage|b?float\w*|u?int\d+|bool|complex\w+|Size|device)|torch\.storage UntypedStorage|"
@@ -175,7 +175,8 @@ def _refuse_bombs(file: BinaryIO) -> None:
         pickles = [archive.read(entry) for entry in entries if entry.filename.endswith("/data.pkl")]
         named = {str(name) for raw in pickles for code, name, _ in pickletools.genops(raw) if code.name == "GLOBAL"}
     except Exception as error:  # whatever damage leads zipfile and pickletools to
-        raise ValueError(f"the archive is not valid: {printable(str(error)[:200])}. {DAMAGED}") from None
+        reason = printable(str(error)[:200]) or type(error).__name__
+        raise ValueError(f"the archive is not valid: {reason}. {DAMAGED}") from None
     odd = sorted(name for name in named if not HARMLESS.fullmatch(name))
     if odd:
         raise ValueError(
