@@ -168,9 +168,8 @@ def _refuse_bombs(file: BinaryIO) -> None:
     try:
         archive = zipfile.ZipFile(file)
         entries = archive.infolist()
-        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size_of(
-            file
-        ):
+        stored = all(e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries)
+        if not stored or sum(e.file_size for e in entries) > size_of(file):
             raise ValueError("it is compressed, or claims more bytes than the file has")
         pickles = [archive.read(entry) for entry in entries if entry.filename.endswith("/data.pkl")]
         named = {str(name) for raw in pickles for code, name, _ in pickletools.genops(raw) if code.name == "GLOBAL"}
