@@ -60,7 +60,8 @@ docs-examples: export TQDM_DISABLE := 1
 docs-examples: $(INSTALLED)
 	@echo "== the examples of the documentation and of the README do what they say"
 	$(SPHINX) -b doctest docs build/docs-examples
-	sed -n '/^```python/,/^```/p' README.md | grep -v '^```' | $(BIN)/python -W error -
+	mkdir -p build/readme  # where the examples write
+	sed -n '/^```python/,/^```/p' README.md | grep -v '^```' | (cd build/readme && ../../$(BIN)/python -W error -)
 
 unit: $(INSTALLED)
 	@echo "== pytest: tests and doctests"

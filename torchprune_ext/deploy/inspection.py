@@ -139,21 +139,15 @@ def _checkpoint(file: BinaryIO, path: str) -> Iterator[Row]:
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(
-            f"torch.load(weights_only=True) fails on it with a {type(error).__name__}. {DAMAGED}"
-        ) from None
-    limit = size_of(file)
+        kind = type(error).__name__
+        raise ValueError(f"torch.load(weights_only=True) fails on it with {kind}. {DAMAGED}") from None
+    left = 4 * size_of(file)  # bytes to count zeros in: tensors may share memory, and expanded ones claim any number
     for name, tensor in _tensors(found, "", set()):
         nbytes, alive = tensor.numel() * tensor.element_size(), None
         plain = type(tensor) is Tensor or isinstance(tensor, torch.nn.Parameter)
-        # an expanded tensor may claim any number of entries
-        if (
-            plain
-            and tensor.layout == torch.strided
-            and not tensor.is_meta
-            and not tensor.is_quantized
-            and nbytes <= limit
-        ):
+        held = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+        if plain and held and nbytes <= size_of(file) and nbytes <= left:
+            left -= nbytes
             flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
             alive = sum(_alive(words(block), tensor.dtype) for block in flat.split(ENTRIES))
         layout = "dense" if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
