@@ -27,6 +27,7 @@ ORDER = [
     "_reduction",
     "_reduction",
     "_reduction",
+    "_reduction",
     "_layers",
     "_statistics",
     "_loading",

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,6 @@ from torchprune_ext.deploy.encodings import (
 )
 from torchprune_ext.deploy.reading import VERSION, SparseFile
 from torchprune_ext.deploy.slots import Slot, listed, row, same_mask, slots_of
-
-M = TypeVar("M", bound=nn.Module)
-
 
 # --- save -----------------------------------------------------------------------------------------
 
@@ -149,7 +145,7 @@ def _data(slot: Slot, layout: Layout, part: str) -> Iterator[Tensor]:
 # --- load -----------------------------------------------------------------------------------------
 
 
-def load_sparse(model: M, path: "str | os.PathLike[str]") -> M:
+def load_sparse(model: nn.Module, path: "str | os.PathLike[str]") -> nn.Module:
     """Give a model the weights from a file of :func:`save_sparse`.
 
     Tensors that are not pruned in ``model`` get the weights with zeros where the file's were pruned, as after
