@@ -8,6 +8,7 @@ was refused. What is accepted must say the same twice.
 """
 
 import argparse
+import copy
 import io
 import json
 import pathlib
@@ -85,24 +86,28 @@ def nested(value: object) -> list[tuple[object, object]]:
 def edit_json(text: str, rng: random.Random) -> str:
     """Return JSON with a value replaced, moved, removed, doubled or nested."""
     table = json.loads(text)
+
+    def hostile() -> object:
+        return copy.deepcopy(rng.choice(HOSTILE))
+
     for _ in range(rng.choice((1, 1, 2))):
         container, key = rng.choice(nested(table) or [({"": 0}, "")])
         kind = rng.randrange(6)
         if kind == 0:
-            container[key] = rng.choice(HOSTILE)
+            container[key] = hostile()
         elif kind == 1 and type(container[key]) is int:
             container[key] += rng.choice((-8, -4, -1, 1, 4, 8, 256, 2**32))
         elif kind == 2:
             del container[key]
         elif kind == 3:
             other, there = rng.choice(nested(table) or [(container, key)])
-            container[key], other[there] = other[there], container[key]
+            container[key], other[there] = copy.deepcopy((other[there], container[key]))
         elif kind == 4 and isinstance(container, dict):
             container[rng.choice([*container, "weight", "__metadata__", "x.values"])] = container.pop(key)
         elif isinstance(container, dict):
-            container[str(key) + rng.choice(("", "x", ".mask", ".gaps"))] = rng.choice(HOSTILE)
+            container[str(key) + rng.choice(("", "x", ".mask", ".gaps"))] = hostile()
         else:
-            container.insert(0, rng.choice(HOSTILE))
+            container.insert(0, hostile())
     try:
         text = json.dumps(table, ensure_ascii=rng.random() < 0.5)
     except (ValueError, RecursionError):  # too many digits for Python

@@ -235,7 +235,7 @@ def unpack_gaps(take: Callable[[int], Tensor], layout: Layout) -> Iterator[Tenso
         ValueError: the gaps do not end with the last survivor, or lead out of the tensor.
     """
     top, last, seen, used, final = 2**layout.bits - 1, -1, 0, 0, 0
-    while len(packed := take(BLOCK // 16 * layout.bits)):  # a multiple of bits, so that no code is cut in two
+    while len(packed := take(BLOCK // 128 * layout.bits)):  # a multiple of bits, so that no code is cut in two
         codes, final = unpack(packed, layout.bits), int(packed[-1])
         survives = codes != top
         places = last + (codes.to(torch.int64) + survives).cumsum(0)
