@@ -44,13 +44,9 @@ doctest_default_flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctes
 
 # Every reference must resolve, except into Python and PyTorch, whose inventories are not here, and private modules.
 nitpicky = True
-<<<<<<< HEAD
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections\.abc|matplotlib|mpl_toolkits|torch|typing_extensions|torchprune_ext\._\w+)\..*")
+    (r"py:.*", r"(collections\.abc|matplotlib|mpl_toolkits|os|torch|typing_extensions|torchprune_ext\._\w+)\..*")
 ]
-=======
-nitpick_ignore_regex = [(r"py:.*", r"(collections\.abc|os|torch|typing_extensions|torchprune_ext\._\w+)\..*")]
->>>>>>> a35e963 (Name only types that the reference can link)
 
 
 def label_as_field(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

@@ -1,15 +1,14 @@
 """Which axis of a weight the layer's product sums over."""
 
-import math
 import warnings
 from collections import OrderedDict
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from torchprune_ext._checks import warn
 from torchprune_ext._host import Target
 
 
@@ -19,7 +18,7 @@ def reduction_axis(target: Target) -> tuple[int, int]:
     It is 1 where the weight is kept as (outputs, inputs, ...), as torch does in ``Linear``, convolutions, recurrent
     layers and attention; 0 in transposed convolutions, (inputs, outputs / groups, ...), whose outputs each sum over
     one of ``groups`` parts of it. A layer whose forward is not torch's own is tried out if its weight is a matrix:
-    Hugging Face's ``Conv1D`` keeps (inputs, outputs). What cannot be tried out is taken for torch's.
+    Hugging Face's ``Conv1D`` keeps (inputs, outputs). Where that does not tell, it is 1, with a warning.
 
     Raises:
         ValueError: the tensor has one axis, or three or more in a layer that is not a convolution of torch.
@@ -32,9 +31,7 @@ def reduction_axis(target: Target) -> tuple[int, int]:
         )
     if isinstance(module, _ConvTransposeNd):
         return 0, module.groups
-    forward = _forward_of(module)
-    own = forward.__module__.startswith("torch.nn.modules.") and forward is not nn.Module.forward
-    if own or isinstance(module, _ConvNd):
+    if isinstance(module, _ConvNd) or _is_of_torch(module):
         return 1, 1
     if len(shape) > 2:
         raise ValueError(
@@ -42,43 +39,54 @@ def reduction_axis(target: Target) -> tuple[int, int]:
             f"tell which of {len(shape)} that is. Pass dim=1 if the shape is (outputs, inputs, ...), dim=0 if it is "
             "(inputs, outputs, ...), or dim=2 for a stack of (outputs, inputs)."
         )
-    return 0 if _keeps_inputs_first(target) else 1, 1
+    axis = _tried_out(target)
+    if axis is None:
+        warn(
+            f"{target.where}: dim=None stands for the axis that the layer's product sums over, which trying the layer "
+            "out did not tell; taken for 1, as in Linear. Pass dim=1 if the shape is (outputs, inputs), else dim=0."
+        )
+    return 1 if axis is None else axis, 1
 
 
-def _forward_of(module: nn.Module) -> Any:
-    """Return the function that computes ``module``, without what others have put in its place in this instance."""
-    return type(module).forward
+def _is_of_torch(module: nn.Module) -> bool:
+    """Return whether ``module`` computes as a layer of torch does, whoever has subclassed it or wrapped its forward."""
+    forward = getattr(type(module), "forward", None)
+    return forward is not nn.Module.forward and str(getattr(forward, "__module__", "")).startswith("torch.nn.modules.")
 
 
-def _keeps_inputs_first(target: Target) -> bool:
-    """Try out whether each output of a layer reads one column of its weight, and not, as in ``Linear``, one row.
+def _tried_out(target: Target) -> int | None:
+    """Return the axis of a weight that its layer sums over; None if trying it out does not tell.
 
-    The layer is a stand-in without hooks that shares nothing that its forward could write, in evaluation mode. What
-    an output reads is where the gradient of that output is not 0; the values of the weight do not matter.
+    Either shows it: what the last input feature multiplies, or what the last output feature reads, is where the
+    gradient is not 0, and that is one column or one row of the weight. The values of the weight do not matter. The
+    layer is a stand-in without hooks that shares nothing that its forward could write, in evaluation mode.
     """
     module, shape = target.module, target.parameter.shape
-    if 0 in shape or any(True for child in module.children() for _ in child.parameters()):
-        return False  # a block of layers, not a layer
+    if 0 in shape:
+        return 1  # nothing to sum, on either axis
+    if any(True for child in module.children() for _ in child.parameters()):
+        return None  # a block of layers, not a layer
     devices = [target.parameter.device] if target.parameter.is_cuda else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         weight = target.parameter.detach().clone().requires_grad_()
-        for size, samples in product(dict.fromkeys((shape[1], shape[0])), ((2,), (1, 2))):
-            x = torch.linspace(1, 2, math.prod(samples) * size, device=weight.device).to(weight.dtype)
+        for (axis, samples), by_input in product(product((1, 0), ((2,), (1, 2))), (True, False)):
+            x = torch.linspace(1, 2, shape[axis], device=weight.device).to(weight.dtype).repeat(*samples, 1)
+            if by_input:
+                x[..., :-1] = 0
             try:
-                y = _forward_of(module)(_stand_in(module, {target.name: weight}), x.view(*samples, size))
+                y = type(module).forward(_stand_in(module, {target.name: weight}), x)
                 outputs = [each for each in (y if isinstance(y, tuple) else (y,)) if isinstance(each, Tensor)]
-                output = next(each for each in outputs if each.dim() and each.requires_grad)
-                [grad] = torch.autograd.grad(output[..., -1].sum(), weight)
+                output = next(each for each in outputs if each.requires_grad and each.shape[-1] == shape[1 - axis])
+                # not the plain sum, which is constant behind a softmax
+                seen = output * torch.arange(1, output.shape[-1] + 1, device=x.device) if by_input else output[..., -1]
+                [read] = torch.autograd.grad(seen.sum(), weight)
             except Exception:  # whatever a forward raises that is called with what it does not expect
                 continue
-            read = grad != 0
-            sizes = size, output.shape[-1]
-            if sizes == (shape[1], shape[0]) and read[-1].any() and not read[:-1].any():
-                return False
-            if sizes == (shape[0], shape[1]) and read[:, -1].any() and not read[:, :-1].any():
-                return True
-    return False
+            lines = (read != 0).any(1 - axis if by_input else axis)  # the rows or columns that have been used
+            if lines[-1] and not lines[:-1].any():
+                return axis
+    return None
 
 
 def _stand_in(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
