@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.prune import BasePruningMethod, PruningContainer
+from torch.nn.utils.prune import BasePruningMethod
 
 from torchprune_ext._checks import check_module
 from torchprune_ext._host import Target, pruned
@@ -42,11 +42,7 @@ class Slot:
 
     def history(self) -> tuple[str, ...] | None:
         """What pruned it, in words, step by step; None if it is not pruned."""
-        if self.target is None:
-            return None
-        _, hook = self.target.hook()
-        steps = [*hook] if isinstance(hook, PruningContainer) else [] if hook is None else [hook]
-        return tuple(_step(method) for method in steps)
+        return None if self.target is None else tuple(_step(method) for method in self.target.history())
 
     def blocks(self, *, as_pruned: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the words of the entries in row-major order, and which of them survive, block by block, on the CPU.
