@@ -219,7 +219,7 @@ def goals_of(targets: Sequence[Target], target_sparsity: Sparsity) -> dict[Key, 
 
 def along_inputs(pattern: NM, layer: Layer) -> NM:
     """Return ``pattern`` along the axis that ``layer`` sums over, unless it names an axis itself."""
-    return replace(pattern, dim=0 if layer.swapped else 1) if pattern.dim is None else pattern
+    return pattern.along(0 if layer.swapped else 1)
 
 
 def _largest(layer: Layer, scores: Tensor, size: NM | int, alive: Tensor) -> Tensor:
