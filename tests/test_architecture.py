@@ -24,6 +24,7 @@ ORDER = [
     "_scoring",
     "discovery",
     "lifecycle",
+    "deploy.copying",
     "penalties",
     "methods.base",
     "methods.entries",

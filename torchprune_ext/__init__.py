@@ -2,6 +2,7 @@
 
 from torchprune_ext import calibration, criteria, masks, patterns, selection
 from torchprune_ext.compensation import Fit, compensate, prune_and_compensate, sparsegpt
+from torchprune_ext.deploy.copying import copy_pruned, copyable, refresh
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
     bn_scaling,
@@ -58,6 +59,8 @@ __all__ = [
     "bn_scaling",
     "calibration",
     "compensate",
+    "copy_pruned",
+    "copyable",
     "criteria",
     "every_other",
     "global_bn_scaling",
@@ -77,6 +80,7 @@ __all__ = [
     "prunable_parameters",
     "prune_and_compensate",
     "pruned_parameters",
+    "refresh",
     "remove",
     "remove_all",
     "selection",

@@ -122,6 +122,13 @@ class Target:
         return None, None
 
 
+def product(target: Target) -> Tensor:
+    """Return dense values times mask, as the hook computes it, with its gradient's way back whatever mode is on."""
+    dense, mask = target.parameter, target.mask
+    with torch.inference_mode(False), torch.enable_grad():
+        return dense if mask is None else mask.to(dense.dtype) * dense
+
+
 def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -> dict[int, Target]:
     """Find the tensors that ``params`` list, each once, keyed by their places in the list.
 
