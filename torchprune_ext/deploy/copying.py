@@ -103,6 +103,6 @@ def copy_pruned(model: M) -> M:
         >>> bool((clone[0].weight == model[0].weight).all()), clone[0].weight_mask is model[0].weight_mask
         (True, False)
     """
-    with copyable(model):
+    with copyable(model), torch.inference_mode(False):  # a copy made in inference mode could never be trained
         clone = copy.deepcopy(model)
     return refresh(clone)
