@@ -36,7 +36,7 @@ def refresh(model: M) -> M:
         >>> layer = every_other(nn.Linear(2, 1, bias=False), "weight")
         >>> _ = nn.init.constant_(layer.weight_orig, 3.0)
         >>> refresh(layer).weight.tolist()
-        [[3.0, 0.0]]
+        [[0.0, 3.0]]
     """
     check_module("model", model)
     for target in pruned(model):
