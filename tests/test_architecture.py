@@ -25,6 +25,7 @@ ORDER = [
     "discovery",
     "lifecycle",
     "deploy.copying",
+    "deploy.checkpoint",
     "penalties",
     "methods.base",
     "methods.entries",

@@ -2,6 +2,7 @@
 
 from torchprune_ext import calibration, criteria, masks, patterns, selection
 from torchprune_ext.compensation import Fit, compensate, prune_and_compensate, sparsegpt
+from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
 from torchprune_ext.deploy.copying import copy_pruned, copyable, refresh
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
@@ -62,6 +63,7 @@ __all__ = [
     "copy_pruned",
     "copyable",
     "criteria",
+    "dense_state_dict",
     "every_other",
     "global_bn_scaling",
     "global_gradient_magnitude",
@@ -73,6 +75,7 @@ __all__ = [
     "global_vector_ln",
     "gradient_magnitude",
     "kernel_ln",
+    "load_pruned_state_dict",
     "masks",
     "nm_structured",
     "obd_saliency",

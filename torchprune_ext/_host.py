@@ -172,6 +172,33 @@ def _refuse_two_masks(parts: Iterable[tuple[nn.Parameter, Tensor | None, str]]) 
             )
 
 
+def refuse_half_tied(model: nn.Module, targets: Iterable[Target], instead: str) -> None:
+    """Raise ``ValueError`` if making ``targets`` permanent would zero what another holder in ``model`` keeps.
+
+    Args:
+        model: where to look for other holders of the same parameters.
+        targets: pruned targets.
+        instead: what the caller offers instead, a sentence.
+    """
+    wanted: dict[int, list[Target]] = {}
+    for target in targets:
+        wanted.setdefault(id(target.parameter), []).append(target)
+    for path, module in model.named_modules():
+        for stored, parameter in module._parameters.items():
+            holder = Target.found(module, stored.removesuffix("_orig")) or Target.found(module, stored)
+            kept = None if holder is None or holder.stored_name != stored else holder.mask
+            for target in wanted.get(id(parameter), []):
+                if target.mask is None or target.mask is kept:
+                    continue
+                lost = (target.mask == 0) & (target.parameter.detach() != 0)
+                if bool((lost if kept is None else lost & (kept != 0)).any()):
+                    raise ValueError(
+                        f"{target.where} and {f'{path}.{stored}'.lstrip('.')} are the same parameter (tied), but the "
+                        f"second is {'not pruned' if kept is None else 'pruned otherwise'}, so its weights would be "
+                        f"zeroed too. {instead}"
+                    )
+
+
 def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[BasePruningMethod]:
     """Prune the targets with finished masks and put each method into the history, or change nothing.
 

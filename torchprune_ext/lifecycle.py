@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from torchprune_ext._checks import check_module
-from torchprune_ext._host import Target, pruned, targets_of, uninstall
+from torchprune_ext._host import Target, pruned, refuse_half_tied, targets_of, uninstall
 
 
 def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -38,7 +38,8 @@ def remove(module: nn.Module, name: str) -> nn.Module:
     """Make pruning permanent: ``weight`` becomes a plain parameter again, with zeros where it was pruned.
 
     As :func:`torch.nn.utils.prune.remove`, but the order of the parameters stays. The parameter is the same object as
-    before pruning, so optimizers keep it; nothing holds its zeros any more once training goes on.
+    before pruning, so optimizers keep it; nothing holds its zeros any more once training goes on. What else holds the
+    parameter (tied weights) is zeroed with it; :func:`remove_all`, which sees the model, refuses that.
 
     Args:
         module: module with a pruned tensor.
@@ -99,7 +100,8 @@ def remove_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None 
 
     Raises:
         TypeError: ``model`` is no module, or a pair is no pair of a module and a string.
-        ValueError: nothing is pruned, or a pair is not pruned or not in the model.
+        ValueError: nothing is pruned, a pair is not pruned or not in the model, or another module of the model shares
+            a parameter and would be zeroed with it (tied weights).
 
     Example:
         >>> from torchprune_ext import every_other
@@ -107,7 +109,14 @@ def remove_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None 
         >>> list(remove_all(model).state_dict())
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
-    uninstall(_all(model, params), keep_masked=True)
+    targets = _all(model, params)
+    refuse_half_tied(
+        model,
+        targets,
+        "Prune both by one global call that lists both, or untie them first: "
+        "module.weight_orig = nn.Parameter(module.weight_orig.detach().clone()).",
+    )
+    uninstall(targets, keep_masked=True)
     return model
 
 
