@@ -26,6 +26,7 @@ ORDER = [
     "lifecycle",
     "deploy.copying",
     "deploy.checkpoint",
+    "deploy.zeros",
     "penalties",
     "methods.base",
     "methods.entries",

@@ -4,6 +4,7 @@ from torchprune_ext import calibration, criteria, masks, patterns, selection
 from torchprune_ext.compensation import Fit, compensate, prune_and_compensate, sparsegpt
 from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
 from torchprune_ext.deploy.copying import copy_pruned, copyable, refresh
+from torchprune_ext.deploy.zeros import keep_zeros
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
     bn_scaling,
@@ -74,6 +75,7 @@ __all__ = [
     "global_unstructured",
     "global_vector_ln",
     "gradient_magnitude",
+    "keep_zeros",
     "kernel_ln",
     "load_pruned_state_dict",
     "masks",

@@ -243,12 +243,13 @@ def rewrite(values: Sequence[tuple[Target, Tensor, Tensor | None]]) -> None:
                 setattr(module, name, module.get_buffer(f"{name}_mask").to(dense.dtype) * target.parameter)
 
 
-def uninstall(targets: Sequence[Target], *, keep_masked: bool) -> None:
+def uninstall(targets: Sequence[Target], *, keep_masked: bool, keep_zeros: bool = False) -> None:
     """Turn pruned targets into plain parameters again, or change nothing.
 
     Args:
         targets: pruned targets.
         keep_masked: multiply the parameter by its mask, else leave the dense values.
+        keep_zeros: remember where the mask was 0, see :func:`kept_zeros`.
     """
     if keep_masked:
         _refuse_two_masks((target.parameter, target.mask, target.where) for target in targets)
@@ -258,7 +259,41 @@ def uninstall(targets: Sequence[Target], *, keep_masked: bool) -> None:
             if keep_masked:
                 target.parameter.data = target.weight()
             _unhook(target)
+            if keep_zeros and target.mask is not None:
+                _remember_zeros(target, target.mask == 0)
             setattr(module, name, target.parameter)  # lets modules that cache their weights, as LSTM does, know
+
+
+def kept_zeros(model: nn.Module) -> Iterator[tuple[Target, Tensor]]:
+    """Yield all tensors of ``model`` whose zeros :func:`uninstall` remembered, and where they are.
+
+    That stands in a boolean buffer ``weight_zeros`` beside ``weight``, which is not part of the state dict.
+    """
+    for module in model.modules():
+        for stored in module._parameters:
+            target = Target.found(module, stored.removesuffix("_orig")) or Target.found(module, stored)
+            zeros = None if target is None else _zeros(target)
+            if target is not None and zeros is not None and target.stored_name == stored:
+                yield target, zeros
+
+
+def _zeros(target: Target) -> Tensor | None:
+    """Return where zeros are kept, or None."""
+    module, name = target.module, f"{target.name}_zeros"
+    zeros = module._buffers.get(name)
+    ours = zeros is not None and zeros.dtype == torch.bool and name in module._non_persistent_buffers_set
+    return zeros if ours else None
+
+
+def _remember_zeros(target: Target, zeros: Tensor) -> None:
+    """Add ``zeros`` to those that are kept."""
+    module, name, earlier = target.module, f"{target.name}_zeros", _zeros(target)
+    if earlier is None and hasattr(module, name):
+        raise ValueError(
+            f"{target.where}: the module has a {name} of its own, where the zeros to keep are stored. Rename it."
+        )
+    with torch.inference_mode(False):
+        module.register_buffer(name, zeros.clone() if earlier is None else zeros | earlier, persistent=False)
 
 
 @contextmanager

@@ -34,16 +34,18 @@ def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield path, module, target.name
 
 
-def remove(module: nn.Module, name: str) -> nn.Module:
+def remove(module: nn.Module, name: str, *, keep_zeros: bool = False) -> nn.Module:
     """Make pruning permanent: ``weight`` becomes a plain parameter again, with zeros where it was pruned.
 
     As :func:`torch.nn.utils.prune.remove`, but the order of the parameters stays. The parameter is the same object as
-    before pruning, so optimizers keep it; nothing holds its zeros any more once training goes on. What else holds the
-    parameter (tied weights) is zeroed with it; :func:`remove_all`, which sees the model, refuses that.
+    before pruning, so optimizers keep it. Unless they are kept, its zeros change as soon as training goes on. What else
+    holds the parameter (tied weights) is zeroed with it; :func:`remove_all`, which sees the model, refuses that.
 
     Args:
         module: module with a pruned tensor.
         name: the tensor's name without suffix, e.g. ``"weight"``.
+        keep_zeros: remember where the zeros are, in a boolean buffer ``weight_zeros`` that is not in the state dict,
+            for :func:`~torchprune_ext.deploy.zeros.keep_zeros`, which holds them at 0 while an optimizer trains.
 
     Returns:
         The module.
@@ -58,7 +60,7 @@ def remove(module: nn.Module, name: str) -> nn.Module:
         >>> list(dict(layer.named_parameters())), int((layer.weight == 0).sum())
         (['weight', 'bias'], 2)
     """
-    uninstall([_only(module, name)], keep_masked=True)
+    uninstall([_only(module, name)], keep_masked=True, keep_zeros=keep_zeros)
     return module
 
 
@@ -88,12 +90,15 @@ def undo(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def remove_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None = None) -> nn.Module:
+def remove_all(
+    model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None = None, *, keep_zeros: bool = False
+) -> nn.Module:
     """Make all pruning in ``model`` permanent, or none on any error; see :func:`remove`.
 
     Args:
         model: any module.
         params: ``(module, name)`` pairs within ``model`` to restrict it to; by default everything that is pruned.
+        keep_zeros: as in :func:`remove`.
 
     Returns:
         The model.
@@ -116,7 +121,7 @@ def remove_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None 
         "Prune both by one global call that lists both, or untie them first: "
         "module.weight_orig = nn.Parameter(module.weight_orig.detach().clone()).",
     )
-    uninstall(targets, keep_masked=True)
+    uninstall(targets, keep_masked=True, keep_zeros=keep_zeros)
     return model
 
 
