@@ -18,6 +18,7 @@ ORDER = [
     "patterns",
     "selection",
     "masks",
+    "_readers",
     "_host",
     "_layers",
     "_runs",

@@ -19,9 +19,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from torchprune_ext._checks import check_tensor, errors_about
+from torchprune_ext._readers import compute_when_read, refuse_unseen, store_again
 
 Table = dict[Any, Any] | list[Any] | set[Any]
-Contents = tuple[dict[str, Any], list[tuple[Table, Table]], list[tuple[nn.Parameter, Tensor]]]
+Contents = tuple[type[nn.Module], dict[str, Any], list[tuple[Table, Table]], list[tuple[nn.Parameter, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +130,12 @@ def product(target: Target) -> Tensor:
         return dense if mask is None else mask.to(dense.dtype) * dense
 
 
+def renew(target: Target) -> None:
+    """Bring ``module.weight`` up to date; if a parent reads it, for good."""
+    setattr(target.module, target.name, product(target))
+    compute_when_read(target.module)
+
+
 def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -> dict[int, Target]:
     """Find the tensors that ``params`` list, each once, keyed by their places in the list.
 
@@ -214,6 +221,7 @@ def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[B
         for target, method, mask in masks:
             module, name = target.module, target.name
             method._tensor_name = name
+            refuse_unseen(module)
             if target.stored_name == name:
                 _rename(module, name, f"{name}_orig")
             key, earlier = target.hook()
@@ -224,6 +232,7 @@ def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[B
                 module.register_forward_pre_hook(hook)
             else:
                 module._forward_pre_hooks[key] = hook
+            compute_when_read(module)
             hooks.append(hook)
     return hooks
 
@@ -262,6 +271,7 @@ def uninstall(targets: Sequence[Target], *, keep_masked: bool, keep_zeros: bool 
             if keep_zeros and target.mask is not None:
                 _remember_zeros(target, target.mask == 0)
             setattr(module, name, target.parameter)  # lets modules that cache their weights, as LSTM does, know
+            store_again(module)
 
 
 def kept_zeros(model: nn.Module) -> Iterator[tuple[Target, Tensor]]:
@@ -332,7 +342,9 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _restore(module: nn.Module, contents: Contents) -> None:
     """Make ``module`` what it was when ``contents`` were taken from it."""
-    attributes, tables, data = contents
+    kind, attributes, tables, data = contents
+    if type(module) is not kind:
+        module.__class__ = kind
     _refill(vars(module), attributes)
     for table, entries in tables:
         _refill(table, entries)
@@ -341,10 +353,15 @@ def _restore(module: nn.Module, contents: Contents) -> None:
 
 
 def _contents(module: nn.Module) -> Contents:
-    """Return the attributes of ``module``, copies of those that are tables, and the data of its parameters."""
+    """Return class and attributes of ``module``, copies of those that are tables, and the data of its parameters."""
     tables = [value for value in vars(module).values() if isinstance(value, (dict, list, set))]
     parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
-    return dict(vars(module)), [(table, table.copy()) for table in tables], [(p, p.data) for p in parameters]
+    return (
+        type(module),
+        dict(vars(module)),
+        [(table, table.copy()) for table in tables],
+        [(p, p.data) for p in parameters],
+    )
 
 
 def _refill(table: Table, contents: Table) -> None:

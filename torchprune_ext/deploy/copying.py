@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchprune_ext._checks import check_module
-from torchprune_ext._host import product, pruned
+from torchprune_ext._host import product, pruned, renew
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,7 +40,7 @@ def refresh(model: M) -> M:
     """
     check_module("model", model)
     for target in pruned(model):
-        setattr(target.module, target.name, product(target))
+        renew(target)
     return model
 
 
