@@ -28,6 +28,7 @@ ORDER = [
     "deploy.copying",
     "deploy.checkpoint",
     "deploy.zeros",
+    "deploy.freezing",
     "penalties",
     "methods.base",
     "methods.entries",

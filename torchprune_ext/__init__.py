@@ -4,6 +4,7 @@ from torchprune_ext import calibration, criteria, masks, patterns, selection
 from torchprune_ext.compensation import Fit, compensate, prune_and_compensate, sparsegpt
 from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
 from torchprune_ext.deploy.copying import copy_pruned, copyable, refresh
+from torchprune_ext.deploy.freezing import frozen
 from torchprune_ext.deploy.zeros import keep_zeros
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
@@ -66,6 +67,7 @@ __all__ = [
     "criteria",
     "dense_state_dict",
     "every_other",
+    "frozen",
     "global_bn_scaling",
     "global_gradient_magnitude",
     "global_kernel_ln",

@@ -26,7 +26,8 @@ class Method(BasePruningMethod):
 
     def __repr__(self) -> str:
         """Return the call that made this, e.g. ``KernelLn(amount=0.3, n=2)``."""
-        arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if key != "_tensor_name")
+        hidden = ("_tensor_name", "apply_mask")  # the host's, and that of a frozen scope
+        arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if key not in hidden)
         return f"{type(self).__name__}({arguments})"
 
     @classmethod
