@@ -13,6 +13,7 @@ from torchprune_ext._checks import check_module
 from torchprune_ext._host import Target, product, pruned, renew
 
 M = TypeVar("M", bound=nn.Module)
+DATA: Any = Tensor.data  # the descriptor
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -23,15 +24,15 @@ class _Watched(nn.Parameter):
     """
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """Hand out the values, and remember that."""
         vars(self)["_handed_out"] = True
-        values: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        values: Tensor = DATA.__get__(self)
         return values
 
     @data.setter
     def data(self, values: Tensor) -> None:
-        Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
+        DATA.__set__(self, values)
 
 
 class _Once:
@@ -99,9 +100,9 @@ def frozen(model: M) -> Iterator[M]:
 
     Every change is seen, and the product made anew: an optimizer step, ``load_state_dict``, ``copy_``, another device
     or dtype, a new mask, more pruning. A tensor whose ``.data`` is handed out in the scope is multiplied at every pass
-    from then on, since nothing tells when it is written through that. What cannot be seen is a write through memory that was
-    handed out before (``p.data``, a NumPy array, a flat buffer), or by a kernel that tells nobody, as collectives of
-    ``torch.distributed`` do: that raises an error when the scope ends.
+    from then on, since nothing tells when it is written through that. What cannot be seen is a write through memory
+    that was handed out before (``p.data``, a NumPy array, a flat buffer), or by a kernel that tells nobody, as
+    collectives of ``torch.distributed`` do: that raises an error when the scope ends.
 
     Args:
         model: any module, pruned by whatever method. It keeps its parameters, masks, hooks and state dict. It takes the
@@ -139,7 +140,7 @@ def frozen(model: M) -> Iterator[M]:
             if hook is None or "apply_mask" in vars(hook):
                 continue  # nothing runs before a forward pass, or an outer scope is open
             for tensor in (target.parameter, target.mask):
-                if type(tensor) in (Tensor, nn.Parameter):
+                if tensor is not None and type(tensor) in (Tensor, nn.Parameter):
                     tensors.append((tensor, type(tensor)))
                     tensor.__class__ = _Watched
             once = _Once(hook, target)
@@ -151,8 +152,8 @@ def frozen(model: M) -> Iterator[M]:
             names = [f"{type(once.module).__name__}.{once.name}" for once in written]
             raise RuntimeError(
                 f"{names} were written in the frozen scope through memory that was handed out before it, so outputs "
-                "since then may have been computed with the weights of before. Write within torch.no_grad() to the parameters "
-                "themselves, or outside of the scope."
+                "since then may have been computed with the weights of before. Write within torch.no_grad() to the "
+                "parameters themselves, or outside of the scope."
             )
     finally:
         handle.remove()
