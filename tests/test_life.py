@@ -81,6 +81,11 @@ def storages(model):
     return {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
 
 
+def close(got, want):
+    bound = 64 * torch.finfo(want.dtype).eps  # of values of about 1, through six products
+    torch.testing.assert_close(got, want, rtol=bound, atol=bound)
+
+
 class Life(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
@@ -313,10 +318,11 @@ class Life(RuleBasedStateMachine):
     def compile(self):
         self.count("compile")
         if self.compiled is None:
+            torch._dynamo.reset()
             self.compiled = torch.compile(self.model, backend="eager")
         with torch.no_grad():
             got = self.compiled.eval()(self.x.to(self.dtype))
-        torch.testing.assert_close(got, self.expected(self.model.eval()))  # attention takes another way when compiled
+        close(got, self.expected(self.model.eval()))  # attention takes another way when compiled
 
     @rule(write=st.sampled_from(["none", "data", "in place", "step", "prune"]), path=PATH)
     def serve(self, write, path):
@@ -365,7 +371,7 @@ class Life(RuleBasedStateMachine):
         mode, model = model.training, model.eval()
         with torch.no_grad():
             got = model(self.x.to(model.head.bias.dtype))
-        torch.testing.assert_close(got, self.expected(model))  # the order of sums may depend on where tensors lie
+        close(got, self.expected(model))  # the order of sums may depend on where tensors lie
         for _, module, _ in tpe.pruned_parameters(model):
             assert torch.equal(module.weight, module.weight_orig * module.weight_mask)
         model.train(mode)
