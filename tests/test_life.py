@@ -189,7 +189,7 @@ class Life(RuleBasedStateMachine):
             self.optimizers[which].step()
             assert not torch.equal(before, self.model.head.bias)
 
-    @precondition(lambda self: self.dtype == torch.float32)
+    @precondition(lambda self: self.pruned() and self.dtype == torch.float32)
     @rule()
     def compensate(self):
         self.count("compensate")
