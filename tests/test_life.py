@@ -214,7 +214,9 @@ class Life(RuleBasedStateMachine):
     @rule()
     def ema(self):
         self.count("ema")
-        if self.average is None or [*self.average.module.state_dict()] != [*self.model.state_dict()]:
+        # an average goes by the order of parameters and buffers, so it is of a model that is pruned alike
+        now = [[n for n, _ in (*m.named_parameters(), *m.named_buffers())] for m in (self.average, self.model) if m]
+        if self.average is None or [n.removeprefix("module.") for n in now[0] if n != "n_averaged"] != now[1]:
             with tpe.copyable(self.model):
                 self.average = AveragedModel(self.model)
         self.average.to(self.dtype).update_parameters(self.model)
