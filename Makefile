@@ -30,6 +30,8 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED)
+	@echo "== demo: the first steps: prune by one budget, train what is left, make it permanent"
+	$(BIN)/python examples/first_steps.py
 	@echo "== demo: prune a LeNet on real digits by every method"
 	$(BIN)/python examples/prune_digits.py --out build/demo
 	@echo "== demo: the same network pruned without training, its survivors re-fitted (2 minutes)"

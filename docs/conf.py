@@ -4,20 +4,27 @@ import doctest
 import re
 from typing import Any
 
+from matplotlib.axes import Axes
+from mpl_toolkits.mplot3d import Axes3D
 from sphinx.application import Sphinx
 
 from torchprune_ext import __version__ as release  # noqa: F401
+from torchprune_ext import plots
 
 project = "torchprune_ext"
 author = "torchprune_ext contributors"
 copyright = f"2026, {author}"
 
 extensions = [
+    "matplotlib.sphinxext.plot_directive",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
+# What the annotations of plots mean, which imports matplotlib only when it draws.
+vars(plots).update(Axes=Axes, Axes3D=Axes3D)
+
 html_theme = "furo"
 html_title = "torchprune_ext"
 
@@ -26,6 +33,10 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
 
+plot_formats = ["png"]
+plot_html_show_formats = False
+plot_html_show_source_link = False
+
 # The pages' own examples are `.. doctest::` blocks; those in docstrings are run by pytest.
 doctest_test_doctest_blocks = ""
 # Unlike the default, these compare the messages of errors too.
@@ -33,7 +44,9 @@ doctest_default_flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctes
 
 # Every reference must resolve, except into Python and PyTorch, whose inventories are not here, and private modules.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(collections\.abc|torch|typing_extensions|torchprune_ext\._\w+)\..*")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(collections\.abc|matplotlib|mpl_toolkits|torch|typing_extensions|torchprune_ext\._\w+)\..*")
+]
 
 
 def label_as_field(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

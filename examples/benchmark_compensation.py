@@ -48,7 +48,7 @@ class Setting:
 
     def sparsegpt(self, pattern: tpe.NM | None) -> Fits:
         """Prune as SparseGPT does."""
-        goal: dict[str, Any] = {"amount": 0.5} if pattern is None else {"n": pattern.n, "m": pattern.m}
+        goal: dict[str, Any] = {"target_sparsity": 0.5} if pattern is None else {"pattern": pattern}
         return tpe.sparsegpt(self.layer, self.data, self.params, progress=False, **goal)
 
     def ways(self) -> dict[str, Callable[[tpe.NM | None], Fits]]:

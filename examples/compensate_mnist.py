@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from digits import LabelledImages, LeNet, accuracy, load_mnist, load_sklearn_digits, progress
-from prune_digits import CHAPTER_AMOUNTS, dense_network
+from digits import LabelledImages, load_mnist, load_sklearn_digits
+from lenet import CHAPTER_AMOUNTS, LeNet, accuracy, dense_network, progress
 from torch import Tensor, nn
 
 import torchprune_ext as tpe
@@ -125,12 +125,12 @@ def in_rounds(task: Task, score: Callable[[nn.Module, Task], Scores], goal: Goal
         if isinstance(goal, Mapping):
             target = {(model.get_submodule(path), "weight"): amount for path, amount in goal.items()}
         start = time.perf_counter()
-        tpe.prune_and_compensate(
+        tpe.prune_in_rounds(
             model,
             task.loader,
             params,
+            lambda pruned: score(pruned, task),
             target_sparsity=target,
-            criterion=lambda pruned: score(pruned, task),
             steps=rounds,
             progress=False,
         )
@@ -174,7 +174,7 @@ def two_of_four(task: Task) -> str:
         tpe.compensate(model, task.loader, params, progress=False)
 
     def sparsegpt(model: LeNet, params: list[tuple[nn.Module, str]]) -> None:
-        tpe.sparsegpt(model, task.loader, params, n=2, m=4, pad=True, progress=False)
+        tpe.sparsegpt(model, task.loader, params, pattern=pattern, progress=False)
 
     def splitting(model: LeNet, params: list[tuple[nn.Module, str]]) -> None:
         tpe.prune_and_compensate(model, task.loader, params, pattern=pattern, progress=False)

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from digits import BATCH_SIZE, Digits, LabelledImages, LeNet, accuracy, load_mnist, load_sklearn_digits, progress, train
-from prune_digits import CHAPTER_AMOUNTS, dense_network, new_network, pyplot
+from digits import Digits, LabelledImages, load_mnist, load_sklearn_digits
+from lenet import BATCH_SIZE, CHAPTER_AMOUNTS, LeNet, accuracy, dense_network, new_network, progress, train
+from pictures import pyplot
 from torch import Tensor, nn
 
 import torchprune_ext as tpe

@@ -101,7 +101,6 @@ def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], 
     """Return the ways of pruning a model, each by its name."""
     goal: dict[str, Any] = {"target_sparsity": 0.5} if pattern is None else {"pattern": pattern}
     options: dict[str, Any] = {"sample_mask": counted, "progress": sys.stderr.isatty()}
-    gpt: dict[str, Any] = {"amount": 0.5} if pattern is None else {"n": pattern.n, "m": pattern.m}
 
     def wanda(model: nn.Module, data: list[Batch], params: Params) -> None:
         by_rows(params, pattern, tpe.calibration.activations(model, data, params, progress=False))
@@ -124,7 +123,7 @@ def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], 
     return {
         "magnitude": magnitude,
         "Wanda": wanda,
-        "SparseGPT": lambda model, data, params: tpe.sparsegpt(model, data, params, **gpt, **options),
+        "SparseGPT": lambda model, data, params: tpe.sparsegpt(model, data, params, **goal, **options),
         "magnitude, compensated": compensated(magnitude),
         "Wanda, compensated": fitted("wanda"),
         "OBS in 4 steps, compensated": fitted("obs", 4),

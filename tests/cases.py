@@ -1,6 +1,7 @@
 """One row per method: what the contract and property tests need to know about it. A new method costs one row."""
 
 import copy
+import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
@@ -162,6 +163,10 @@ class Case:
     ranks_weight: bool = True  # the weight's own values decide, unless importance_scores= does
     whole: bool = False  # units have more than one entry and go as a whole
     amount: bool = True  # has an amount of units
+    empty: bool = True  # takes tensors without entries
+    pairs: tuple | None = None  # of rows that rank by norms: a shape and arguments whose units are [0, 1] and [2, 3]
+    masks: tuple[str, ...] = ("weight",)  # what a call for the weight masks
+    host_weight: Callable | None = lambda scores: scores  # weights for the oracle where the host passes scores only
 
     @property
     def id(self):
@@ -221,6 +226,11 @@ BAD_AMOUNT = (
     Bad({"amount": None}, TypeError, r"amount=None"),
     Bad({"amount": True}, TypeError, r"amount=True"),
 )
+BAD_ORDER = (
+    Bad({"n": "fro"}, TypeError, r"n='fro'"),
+    Bad({"n": None}, TypeError, r"n=None"),
+    Bad({"n": math.nan}, ValueError, r"n=nan"),
+)
 BAD_SCORES = _bad_tensor("importance_scores", negative=True)
 
 
@@ -240,17 +250,32 @@ def _draw_nm(draw, module, shape, mask):
     return {"n": n, "m": m, "dim": dim, "pad": pad, **_draw_scores(draw, shape)}
 
 
-def _draw_norm(units_of):
-    def arguments(draw, module, shape, mask):
-        args = {"n": draw(st.sampled_from([2, 1, 2.0, 0, math.inf, -math.inf]))}
-        if units_of is oracles.vectors:
-            args["dim"] = draw(st.integers(-len(shape), len(shape) - 1))
-            units = units_of(shape, args["dim"])
-        else:
-            units = units_of(shape)
-        return {**args, "amount": draw_amount(draw, alive(units, mask)), **_draw_scores(draw, shape)}
+def by_norm(units_of, draw_unit=lambda draw, shape: {}):
+    """Return the fields of a row that prunes units by their norm.
 
-    return arguments
+    Args:
+        units_of: ``(shape, **unit) -> units``, where ``unit`` are the arguments that say what a unit is.
+        draw_unit: ``(draw, shape) -> unit``.
+    """
+
+    def units(module, shape, args):
+        return units_of(shape, **{key: args[key] for key in set(args) & set(inspect.signature(units_of).parameters)})
+
+    def arguments(draw, module, shape, mask):
+        args = {"n": draw(st.sampled_from([2, 1, 2.0, 0, math.inf, -math.inf])), **draw_unit(draw, shape)}
+        amount = draw_amount(draw, alive(units(module, shape, args), mask))
+        return {**args, "amount": amount, **_draw_scores(draw, shape)}
+
+    def oracle(module, shape, weight, mask, args):
+        scores = _scores(weight, args)
+        return oracles.prune_by_norm(units(module, shape, args), scores, mask, args["amount"], args["n"])
+
+    return {"units": units, "draw": arguments, "oracle": oracle, "whole": True}
+
+
+def pair(block):
+    """Return rows and columns of a block."""
+    return block if isinstance(block, tuple) else (block, block)
 
 
 def _draw_with_tensor(param):
@@ -275,15 +300,6 @@ def _nm_oracle(module, shape, weight, mask, args):
     return oracles.keep_n_of_m(oracles.runs(shape, args["m"], args["dim"]), _scores(weight, args), mask, args["n"])
 
 
-def _kernel_oracle(module, shape, weight, mask, args):
-    return oracles.prune_by_norm(oracles.kernels(shape), _scores(weight, args), mask, args["amount"], args["n"])
-
-
-def _vector_oracle(module, shape, weight, mask, args):
-    units = oracles.vectors(shape, args["dim"])
-    return oracles.prune_by_norm(units, _scores(weight, args), mask, args["amount"], args["n"])
-
-
 def _gradient_oracle(module, shape, weight, mask, args):
     scores = [abs(g) for g in flat(args["grad"])]
     return oracles.prune_units(oracles.entries(shape), scores, mask, args["amount"])
@@ -299,33 +315,34 @@ def _bn_oracle(module, shape, weight, mask, args):
     return oracles.prune_units(units, [abs(g) for g in flat(args["bn"].weight)], mask, args["amount"])
 
 
-CASES = (
-    Case(
-        tpe.nm_structured,
-        tpe.NMStructured,
-        "global",
-        good={"n": 1, "m": 2},
-        repr="NMStructured(n=1, m=2, dim=1, pad=False)",
-        bad=(
-            Bad({"n": 0}, ValueError, r"n=0\b"),
-            Bad({"n": -1}, ValueError, r"n=-1\b"),
-            Bad({"n": 3, "m": 2}, ValueError, r"n=3\b"),
-            Bad({"m": 0, "n": 0}, ValueError, r"\b[nm]=0\b"),
-            Bad({"n": 1.5}, TypeError, r"n=1\.5"),
-            Bad({"m": "x"}, TypeError, r"m='x'"),
-            Bad({"n": True}, TypeError, r"n=True"),
-            Bad({"m": 5, "dim": 1}, ValueError, r"m=5\b.*pad=True"),
-            Bad({"dim": 7}, ValueError, r"dim=7\b"),
-            Bad({"dim": -6}, ValueError, r"dim=-6\b"),
-            Bad({"dim": 0.5}, TypeError, r"dim=0\.5"),
-            *BAD_SCORES,
-        ),
-        oracle=_nm_oracle,
-        units=lambda module, shape, args: oracles.runs(shape, args["m"], args["dim"]),
-        draw=_draw_nm,
-        bias={"dim": 0},
-        amount=False,
+NM_STRUCTURED = Case(
+    tpe.nm_structured,
+    tpe.NMStructured,
+    "global",
+    good={"n": 1, "m": 2},
+    repr="NMStructured(n=1, m=2, dim=1, pad=False, groups=1)",
+    bad=(
+        Bad({"n": 0}, ValueError, r"n=0\b"),
+        Bad({"n": -1}, ValueError, r"n=-1\b"),
+        Bad({"n": 3, "m": 2}, ValueError, r"n=3\b"),
+        Bad({"m": 0, "n": 0}, ValueError, r"\b[nm]=0\b"),
+        Bad({"n": 1.5}, TypeError, r"n=1\.5"),
+        Bad({"m": "x"}, TypeError, r"m='x'"),
+        Bad({"n": True}, TypeError, r"n=True"),
+        Bad({"m": 5, "dim": 1}, ValueError, r"m=5\b.*pad=True"),
+        Bad({"dim": 7}, ValueError, r"dim=7\b"),
+        Bad({"dim": -6}, ValueError, r"dim=-6\b"),
+        Bad({"dim": 0.5}, TypeError, r"dim=0\.5"),
+        *BAD_SCORES,
     ),
+    oracle=_nm_oracle,
+    units=lambda module, shape, args: oracles.runs(shape, args["m"], args["dim"]),
+    draw=_draw_nm,
+    bias={"dim": 0},
+    amount=False,
+)
+CASES = (
+    NM_STRUCTURED,
     Case(
         tpe.kernel_ln,
         tpe.KernelLn,
@@ -334,18 +351,14 @@ CASES = (
         repr="KernelLn(amount=0.3, n=2)",
         bad=(
             *BAD_AMOUNT,
-            Bad({"n": "fro"}, (TypeError, ValueError), r"n='fro'"),
-            Bad({"n": None}, TypeError, r"n=None"),
-            Bad({"n": math.nan}, ValueError, r"n=nan"),
+            *BAD_ORDER,
             *BAD_SCORES,
         ),
-        oracle=_kernel_oracle,
-        units=lambda module, shape, args: oracles.kernels(shape),
-        draw=_draw_norm(oracles.kernels),
+        **by_norm(oracles.kernels),
         hosts=CONVOLUTIONS,
         dims=(3, 4, 5),
         bias=None,
-        whole=True,
+        pairs=((1, 2, 2), {}),
     ),
     Case(
         tpe.vector_ln,
@@ -355,19 +368,45 @@ CASES = (
         repr="VectorLn(amount=0.3, n=1, dim=0)",
         bad=(
             *BAD_AMOUNT,
-            Bad({"n": "fro"}, (TypeError, ValueError), r"n='fro'"),
-            Bad({"n": None}, TypeError, r"n=None"),
-            Bad({"n": math.nan}, ValueError, r"n=nan"),
+            *BAD_ORDER,
             Bad({"dim": 7}, ValueError, r"dim=7\b"),
             Bad({"dim": -6}, ValueError, r"dim=-6\b"),
             Bad({"dim": "x"}, TypeError, r"dim='x'"),
             *BAD_SCORES,
         ),
-        oracle=_vector_oracle,
-        units=lambda module, shape, args: oracles.vectors(shape, args["dim"]),
-        draw=_draw_norm(oracles.vectors),
+        **by_norm(oracles.vectors, lambda draw, shape: {"dim": draw(st.integers(-len(shape), len(shape) - 1))}),
         bias={"amount": 1},
-        whole=True,
+        pairs=((2, 2), {"dim": 1}),
+    ),
+    Case(
+        tpe.block_ln,
+        tpe.BlockLn,
+        "global",
+        good={"amount": 0.3, "n": 2, "block": (3, 2)},
+        repr="BlockLn(amount=0.3, n=2, block=(3, 2))",
+        bad=(
+            *BAD_AMOUNT,
+            *BAD_ORDER,
+            Bad({"block": 0}, ValueError, r"block=0"),
+            Bad({"block": 1.5}, TypeError, r"block=1\.5"),
+            Bad({"block": None}, TypeError, r"block=None"),
+            Bad({"block": True}, TypeError, r"block=True"),
+            Bad({"block": (2,)}, TypeError, r"block=\(2,\)"),
+            Bad({"block": (2, -1)}, ValueError, r"block=\(2, -1\)"),
+            Bad({"block": (2, "x")}, TypeError, r"block=\(2, 'x'\)"),
+            Bad({"block": 4}, ValueError, r"block=4 .*\[1, 2, 3, 6\] .*\[1, 2, 4, 8\]"),
+            *BAD_SCORES,
+        ),
+        **by_norm(
+            lambda shape, block: oracles.collect(shape, lambda at: (at[0] // pair(block)[0], at[1] // pair(block)[1])),
+            lambda draw, shape: {
+                "block": tuple(draw(st.sampled_from([d for d in range(1, 10) if size % d == 0])) for size in shape)
+            },
+        ),
+        hosts=("linear",),
+        dims=(2,),
+        bias=None,
+        pairs=((1, 4), {"block": (1, 2)}),
     ),
     Case(
         tpe.gradient_magnitude,
@@ -400,6 +439,7 @@ CASES = (
         oracle=_obd_oracle,
         units=lambda module, shape, args: oracles.entries(shape),
         draw=_draw_with_tensor("hessian_diag"),
+        host_weight=lambda scores: [2**0.5] * len(scores),  # the host passes h w^2 / 2 itself
     ),
     Case(
         tpe.bn_scaling,
@@ -422,6 +462,9 @@ CASES = (
         dims=(2, 3, 4, 5),
         ranks_weight=False,
         whole=True,
+        empty=False,
+        masks=("weight", "bias"),
+        host_weight=None,  # the largest score of a channel counts there
     ),
     Case(
         tpe.threshold,

@@ -1,9 +1,15 @@
 """Settings that every test shares."""
 
 import os
+import threading
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from torchprune_ext.compensation import solvers
+
+pytest.register_assert_rewrite("calibrating", "cases", "compensating", "contracts", "globally", "snapshots")
 
 torch.set_num_threads(1)  # the tensors are tiny; pytest -n is the parallelism
 
@@ -13,3 +19,16 @@ settings.register_profile(
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, print_blob=True)
 settings.register_profile("thorough", settings.get_profile("local"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))
+
+
+@pytest.fixture
+def no_thread_left():
+    before = set(threading.enumerate())
+    yield
+    assert {thread for thread in threading.enumerate() if thread.is_alive()} <= before
+
+
+@pytest.fixture
+def to_the_end(monkeypatch):
+    """Let the conjugate gradients run until nothing is gained any more."""
+    monkeypatch.setattr(solvers, "TOLERANCE", 0.0)

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,10 +17,13 @@ ORDER = [
     "_ranks",
     "criteria",
     "patterns",
+    "schedules",
+    "_fingerprints",
     "selection",
     "masks",
     "_readers",
     "_host",
+    "_reduction",
     "_layers",
     "_runs",
     "_scoring",
@@ -46,11 +50,15 @@ ORDER = [
     "compensation.coroutines",
     "compensation.solvers",
     "compensation.streams",
+    "compensation.reference",
     "compensation.fitting",
     "compensation.calls",
     "compensation.baseline",
+    "compensation.rounds",
     "plots",
 ]  # the map of CONTRIBUTING.md, from the ground up; a package's __init__ stands behind its last module
+# _host knows how a module stores masks; the others read the keys of state dicts and of files
+KNOW_THE_HOST = {"_host", "_readers", "compensation.reference", "deploy.checkpoint", "deploy.slots"}
 HEAVY = ["matplotlib", "torchvision", "sklearn", "numpy.testing", "hypothesis", "tqdm", "torch._dynamo"]
 
 
@@ -103,6 +111,15 @@ def test_arguments_are_not_checked_by_assert(path):
     assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)] == []
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if name_of(path) not in KNOW_THE_HOST], ids=name_of)
+def test_only_one_file_knows_how_the_host_stores_pruning(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant):  # parts of f-strings too
+            assert node.value not in {"_mask", "_orig", "weight_mask", "weight_orig"}, f"line {node.lineno}"
+        elif isinstance(node, ast.Attribute):
+            assert node.attr not in {"_forward_pre_hooks", "_tensor_name", "weight_mask", "weight_orig"}, node.lineno
+
+
 def test_the_package_is_a_table_of_contents():
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     allowed = ast.Expr | ast.Import | ast.ImportFrom | ast.Assign
@@ -132,6 +149,21 @@ assert native == now
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_what_is_imported_is_declared():
+    declared = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8").split("[tool.")[0]
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.partition(".")[0])
+    found -= {*sys.stdlib_module_names, "torchprune_ext", "mpl_toolkits"}  # the last comes with matplotlib
+    assert found > {"torch"}
+    for name in found:
+        assert re.search(f'"{name.replace("_", "-")}[><=]', declared), f"{name} is imported and not declared"
 
 
 def test_type_information_ships():

@@ -306,7 +306,7 @@ def a_warning_that_is_an_error_on_one_rank_stops_all(rank, world, group):
 def averaged(rank, world, group):
     """Replicas of the same weights with gradients, curvature or scores of their own."""
     calls = {
-        "gradients": lambda m, t, **args: tpe.global_gradient_magnitude(weights(m), grads=t, **args),
+        "gradients": lambda m, t, **args: tpe.global_gradient_magnitude(weights(m), grad=t, **args),
         "curvature": lambda m, t, **args: tpe.global_obd_saliency(weights(m), hessian_diag=t, **args),
         "scores": lambda m, t, **args: tpe.global_unstructured(weights(m), importance_scores=t, **args),
     }

@@ -1,13 +1,22 @@
 """Pruning methods that ``torch.nn.utils.prune`` does not have, in its own calls, hooks, buffers and containers."""
 
-from torchprune_ext import calibration, criteria, masks, patterns, selection
-from torchprune_ext.compensation import Fit, compensate, prune_and_compensate, sparsegpt
+from torchprune_ext import calibration, criteria, masks, patterns, schedules, selection
+from torchprune_ext.compensation import (
+    DenseValues,
+    Fit,
+    compensate,
+    dense_values,
+    prune_and_compensate,
+    prune_in_rounds,
+    sparsegpt,
+)
 from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
 from torchprune_ext.deploy.copying import copy_pruned, copyable, refresh
 from torchprune_ext.deploy.freezing import frozen
 from torchprune_ext.deploy.zeros import keep_zeros
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
+    block_ln,
     bn_scaling,
     every_other,
     gradient_magnitude,
@@ -18,6 +27,7 @@ from torchprune_ext.functional import (
     vector_ln,
 )
 from torchprune_ext.global_pruning import (
+    global_block_ln,
     global_bn_scaling,
     global_gradient_magnitude,
     global_kernel_ln,
@@ -29,6 +39,7 @@ from torchprune_ext.global_pruning import (
 )
 from torchprune_ext.lifecycle import pruned_parameters, remove, remove_all, undo, undo_all
 from torchprune_ext.methods import (
+    BlockLn,
     BNScaling,
     EveryOther,
     GradientMagnitude,
@@ -38,7 +49,7 @@ from torchprune_ext.methods import (
     Threshold,
     VectorLn,
 )
-from torchprune_ext.patterns import NM, Channel, Kernel, Vector
+from torchprune_ext.patterns import NM, Block, Channel, Kernel, Vector
 from torchprune_ext.penalties import bn_l1_penalty
 
 __version__ = "0.1.0"
@@ -46,7 +57,10 @@ __version__ = "0.1.0"
 __all__ = [
     "NM",
     "BNScaling",
+    "Block",
+    "BlockLn",
     "Channel",
+    "DenseValues",
     "EveryOther",
     "Fit",
     "GradientMagnitude",
@@ -57,6 +71,7 @@ __all__ = [
     "Threshold",
     "Vector",
     "VectorLn",
+    "block_ln",
     "bn_l1_penalty",
     "bn_pairs",
     "bn_scaling",
@@ -66,8 +81,10 @@ __all__ = [
     "copyable",
     "criteria",
     "dense_state_dict",
+    "dense_values",
     "every_other",
     "frozen",
+    "global_block_ln",
     "global_bn_scaling",
     "global_gradient_magnitude",
     "global_kernel_ln",
@@ -86,10 +103,12 @@ __all__ = [
     "patterns",
     "prunable_parameters",
     "prune_and_compensate",
+    "prune_in_rounds",
     "pruned_parameters",
     "refresh",
     "remove",
     "remove_all",
+    "schedules",
     "selection",
     "sparsegpt",
     "threshold",

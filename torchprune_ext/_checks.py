@@ -56,7 +56,7 @@ def check_amount(amount: float, param: str = "amount") -> None:
             raise ValueError(f"{param}={amount!r} is a negative number of units. Pass an int >= 0.")
     elif not 0 <= amount <= 1:  # False for NaN too
         raise ValueError(
-            f"{param}={amount!r} is no fraction: a float must lie in [0, 1]. Pass an int for a number of units."
+            f"{param}={amount!r} is not a fraction: a float must lie in [0, 1]. Pass an int for a number of units."
         )
 
 
@@ -78,7 +78,7 @@ def check_fraction(param: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{param}={value!r} is a {type(value).__name__}. Pass a fraction in [0, 1].")
     if not 0 <= value <= 1:
-        raise ValueError(f"{param}={value!r} is no fraction. Pass a number in [0, 1].")
+        raise ValueError(f"{param}={value!r} is not a fraction. Pass a number in [0, 1].")
 
 
 def check_whole(param: str, value: int, least: int) -> None:
@@ -92,9 +92,9 @@ def check_whole(param: str, value: int, least: int) -> None:
 def check_order(n: float) -> None:
     """Raise unless ``n`` is an order that :func:`torch.linalg.vector_norm` takes."""
     if isinstance(n, bool) or not isinstance(n, numbers.Real):
-        raise TypeError(f"n={n!r} is no order of a norm. Pass a number, e.g. n=1, n=2 or n=float('inf').")
+        raise TypeError(f"n={n!r} is not an order of a norm. Pass a number, e.g. n=1, n=2 or n=float('inf').")
     if math.isnan(n):
-        raise ValueError(f"n={n!r} is no order of a norm. Pass a number, e.g. n=1, n=2 or n=float('inf').")
+        raise ValueError(f"n={n!r} is not an order of a norm. Pass a number, e.g. n=1, n=2 or n=float('inf').")
 
 
 def check_tensor(param: str, tensor: Tensor, shape: torch.Size) -> None:

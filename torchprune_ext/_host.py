@@ -19,6 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from torchprune_ext._checks import check_tensor, errors_about
+from torchprune_ext._fingerprints import Fingerprint
 from torchprune_ext._readers import compute_when_read, refuse_unseen, store_again
 
 Table = dict[Any, Any] | list[Any] | set[Any]
@@ -158,6 +159,21 @@ def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -
     return dict(found.values())
 
 
+def stored_keys(key: str) -> tuple[str, str]:
+    """Return the keys under which a state dict has the dense values and the mask of the pruned tensor ``key``."""
+    return f"{key}_orig", f"{key}_mask"
+
+
+def own_targets(module: nn.Module) -> Iterator[Target]:
+    """Yield every tensor of ``module`` itself that is pruned or could be."""
+    for stored, parameter in list(module._parameters.items()):
+        target = Target.found(module, stored.removesuffix("_orig"))
+        if target is None or target.stored_name != stored:
+            target = Target.found(module, stored)
+        if parameter is not None and target is not None:
+            yield target
+
+
 def pruned(model: nn.Module, *, recurse: bool = True) -> Iterator[Target]:
     """Yield the pruned tensors of ``model`` and, with ``recurse``, of all modules below it."""
     for module in model.modules() if recurse else [model]:
@@ -191,18 +207,17 @@ def refuse_half_tied(model: nn.Module, targets: Iterable[Target], instead: str) 
     for target in targets:
         wanted.setdefault(id(target.parameter), []).append(target)
     for path, module in model.named_modules():
-        for stored, parameter in module._parameters.items():
-            holder = Target.found(module, stored.removesuffix("_orig")) or Target.found(module, stored)
-            kept = None if holder is None or holder.stored_name != stored else holder.mask
-            for target in wanted.get(id(parameter), []):
+        for holder in own_targets(module):
+            kept = holder.mask
+            for target in wanted.get(id(holder.parameter), []):
                 if target.mask is None or target.mask is kept:
                     continue
                 lost = (target.mask == 0) & (target.parameter.detach() != 0)
                 if bool((lost if kept is None else lost & (kept != 0)).any()):
                     raise ValueError(
-                        f"{target.where} and {f'{path}.{stored}'.lstrip('.')} are the same parameter (tied), but the "
-                        f"second is {'not pruned' if kept is None else 'pruned otherwise'}, so its weights would be "
-                        f"zeroed too. {instead}"
+                        f"{target.where} and {f'{path}.{holder.name}'.lstrip('.')} are the same parameter (tied), but the "
+                        f"second is {'not pruned' if kept is None else 'pruned otherwise'}, and would be zeroed too. "
+                        f"{instead}"
                     )
 
 
@@ -225,6 +240,8 @@ def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[B
             if target.stored_name == name:
                 _rename(module, name, f"{name}_orig")
             key, earlier = target.hook()
+            if _dense_fingerprint(target) is None and not changed_since_pruned(target):
+                vars(method)["_dense"] = Fingerprint.of(target.parameter)
             hook = method if earlier is None else _stack(earlier, method)
             module.register_buffer(f"{name}_mask", mask)
             setattr(module, name, hook.apply_mask(module))
@@ -235,6 +252,63 @@ def install(masks: Sequence[tuple[Target, BasePruningMethod, Tensor]]) -> list[B
             compute_when_read(module)
             hooks.append(hook)
     return hooks
+
+
+def changed_since_pruned(target: Target) -> bool:
+    """Return whether the dense values of a pruned target are seen to have changed since it was first pruned.
+
+    Our methods leave a fingerprint of them. Where only native ones were applied, a change shows by a product that is
+    no longer that of values and mask, or by a gradient that is 0 wherever the mask is: a backward pass under the mask.
+    """
+    fingerprint, mask = _dense_fingerprint(target), target.mask
+    if fingerprint is not None:
+        return not fingerprint.matches(target.parameter)
+    product, gradient = vars(target.module).get(target.name), target.parameter.grad
+    if mask is None or not isinstance(product, Tensor) or product.shape != target.parameter.shape:
+        return False
+    weight = target.weight()
+    product = product.detach().to(weight)
+    if not bool(((product == weight) | (product.isnan() & weight.isnan())).all()):
+        return True
+    if gradient is None or gradient.is_sparse:
+        return False
+    return bool((mask == 0).any() and gradient.any() and not gradient[mask == 0].any())
+
+
+def remember_dense(target: Target, dense: Tensor) -> None:
+    """Note what a pruned target's dense values are, before others take their place, unless that is known."""
+    _, hook = target.hook()
+    if hook is not None and _dense_fingerprint(target) is None:
+        vars(list(hook)[-1] if isinstance(hook, PruningContainer) else hook)["_dense"] = Fingerprint.of(dense)
+
+
+def _dense_fingerprint(target: Target) -> Fingerprint | None:
+    """Return the first fingerprint that pruning has left of the target's dense values."""
+    _, hook = target.hook()
+    for method in hook if isinstance(hook, PruningContainer) else [hook]:
+        fingerprint = getattr(method, "_dense", None)
+        if fingerprint is not None:
+            return fingerprint  # type: ignore[no-any-return]
+    return None
+
+
+def plain_entries(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """Return all parameters and buffers of ``model`` as they are called without pruning, with module, key and tensor.
+
+    A pruned tensor is listed with its effective weights, its mask is not, and what is tied is listed under every name.
+    """
+    found: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        masked = {target.stored_name: target for target in pruned(module, recurse=False)}
+        masks = {f"{target.name}_mask" for target in masked.values()}
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or key in masks:
+                continue
+            target = masked.get(key)
+            plain = key if target is None else target.name
+            value = tensor if target is None else target.weight()
+            found[f"{path}.{plain}" if path else plain] = (module, plain, value)
+    return found
 
 
 def rewrite(values: Sequence[tuple[Target, Tensor, Tensor | None]]) -> None:
@@ -280,10 +354,9 @@ def kept_zeros(model: nn.Module) -> Iterator[tuple[Target, Tensor]]:
     That stands in a boolean buffer ``weight_zeros`` beside ``weight``, which is not part of the state dict.
     """
     for module in model.modules():
-        for stored in module._parameters:
-            target = Target.found(module, stored.removesuffix("_orig")) or Target.found(module, stored)
-            zeros = None if target is None else _zeros(target)
-            if target is not None and zeros is not None and target.stored_name == stored:
+        for target in own_targets(module):
+            zeros = _zeros(target)
+            if zeros is not None:
                 yield target, zeros
 
 

@@ -35,6 +35,8 @@ class Options(TypedDict, total=False):
         keep_rng: put torch's random state back to what it was.
         process_group: ``torch.distributed`` group whose ranks call this together, each with its own share of the data
             and a replica of the model; all get the statistics of all data.
+        sample_mask: from a batch of the loader to a bool tensor, False where the leading axes of an input hold no
+            sample, as for padded tokens.
     """
 
     prepare: Callable[[Any], tuple[Any, Any]] | None
@@ -42,6 +44,7 @@ class Options(TypedDict, total=False):
     progress: bool | None
     keep_rng: bool
     process_group: Any
+    sample_mask: Callable[[Any], Tensor] | None
 
 
 class Batch:

@@ -1,8 +1,17 @@
-"""One function per method, in the signature style of ``torch.nn.utils.prune``: prune in place, return the module."""
+"""One function per method, in the signature style of ``torch.nn.utils.prune``: prune in place, return the module.
+
+For a whole model, call them in a loop over what :func:`.prunable_parameters` lists, or use their global forms, which
+spend one budget on the list.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import ParamSpec
 
 from torch import Tensor, nn
 
 from torchprune_ext.methods import (
+    BlockLn,
     BNScaling,
     EveryOther,
     GradientMagnitude,
@@ -13,18 +22,42 @@ from torchprune_ext.methods import (
     VectorLn,
 )
 
+_Arguments = ParamSpec("_Arguments")
 
+
+def _one_tensor(function: Callable[_Arguments, nn.Module]) -> Callable[_Arguments, nn.Module]:
+    """Let ``function`` show the loop to who passes a model's list of tensors as its module.
+
+    Before Python counts the arguments: with a list, nobody passes a name.
+    """
+
+    @wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> nn.Module:
+        module = args[0] if args else kwargs.get("module")
+        if isinstance(module, Iterable) and not isinstance(module, (nn.Module, Tensor, str)):
+            raise TypeError(
+                f"module is a {type(module).__name__}, but {function.__name__} prunes one tensor. Call it for each:\n"
+                f"    for module, name in params:\n        tpe.{function.__name__}(module, name, ...)"
+            )
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_one_tensor
 def nm_structured(
     module: nn.Module,
     name: str,
     n: int,
     m: int,
-    dim: int = 1,
+    dim: int | None = None,
     *,
     pad: bool = False,
     importance_scores: Tensor | None = None,
 ) -> nn.Module:
     """Keep the ``n`` largest of every ``m`` consecutive entries along ``dim``; see :class:`.NMStructured`.
+
+    By default groups run along the axis that the layer's product sums over.
 
     Example:
         >>> import torch
@@ -36,6 +69,7 @@ def nm_structured(
     return module
 
 
+@_one_tensor
 def kernel_ln(
     module: nn.Module, name: str, amount: float, n: float = 2, *, importance_scores: Tensor | None = None
 ) -> nn.Module:
@@ -51,6 +85,7 @@ def kernel_ln(
     return module
 
 
+@_one_tensor
 def vector_ln(
     module: nn.Module,
     name: str,
@@ -72,6 +107,29 @@ def vector_ln(
     return module
 
 
+@_one_tensor
+def block_ln(
+    module: nn.Module,
+    name: str,
+    amount: float,
+    n: float = 2,
+    *,
+    block: int | tuple[int, int],
+    importance_scores: Tensor | None = None,
+) -> nn.Module:
+    """Drop the blocks of a matrix of smallest Ln norm; see :class:`.BlockLn`.
+
+    Example:
+        >>> import torch
+        >>> layer = block_ln(torch.nn.Linear(8, 8), "weight", amount=0.5, block=4)
+        >>> int(layer.weight_mask.sum())  # of 4 blocks of 16 entries, 2 went
+        32
+    """
+    BlockLn.apply(module, name, amount, n, block=block, importance_scores=importance_scores)
+    return module
+
+
+@_one_tensor
 def gradient_magnitude(module: nn.Module, name: str, amount: float, *, grad: Tensor | None = None) -> nn.Module:
     """Drop the entries whose loss gradient is smallest; see :class:`.GradientMagnitude`.
 
@@ -86,7 +144,8 @@ def gradient_magnitude(module: nn.Module, name: str, amount: float, *, grad: Ten
     return module
 
 
-def obd_saliency(module: nn.Module, name: str, amount: float, hessian_diag: Tensor) -> nn.Module:
+@_one_tensor
+def obd_saliency(module: nn.Module, name: str, amount: float, *, hessian_diag: Tensor) -> nn.Module:
     """Drop the entries whose deletion is predicted to raise the loss least; see :class:`.OBDSaliency`.
 
     Example:
@@ -96,10 +155,11 @@ def obd_saliency(module: nn.Module, name: str, amount: float, hessian_diag: Tens
         >>> int(layer.weight_mask.sum())
         6
     """
-    OBDSaliency.apply(module, name, amount, hessian_diag)
+    OBDSaliency.apply(module, name, amount, hessian_diag=hessian_diag)
     return module
 
 
+@_one_tensor
 def bn_scaling(module: nn.Module, name: str, amount: float, bn: nn.Module, *, paired: bool = True) -> nn.Module:
     """Drop the output channels whose BatchNorm scale is smallest; see :class:`.BNScaling`.
 
@@ -114,6 +174,7 @@ def bn_scaling(module: nn.Module, name: str, amount: float, bn: nn.Module, *, pa
     return module
 
 
+@_one_tensor
 def threshold(module: nn.Module, name: str, threshold: float, *, importance_scores: Tensor | None = None) -> nn.Module:
     """Drop every entry whose score lies strictly below ``threshold``; see :class:`.Threshold`.
 
@@ -128,6 +189,7 @@ def threshold(module: nn.Module, name: str, threshold: float, *, importance_scor
     return module
 
 
+@_one_tensor
 def every_other(module: nn.Module, name: str, step: int = 2, offset: int = 0) -> nn.Module:
     """Drop every ``step``-th of the entries not yet pruned; see :class:`.EveryOther`.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchprune_ext._checks import check_finite
-from torchprune_ext.patterns import NM, Channel, Kernel, Vector
+from torchprune_ext.patterns import NM, Unit
 from torchprune_ext.selection import CHUNK, DEAD, Cut, Scores, kept, score_dtype
 
 NM_TABLE = 4  # longest group whose comparisons, 6 of 4 entries, index a table of masks
@@ -48,7 +48,7 @@ def entry_mask(scores: Scores, cut: Cut, like: Tensor) -> Tensor:
     return finish(kept(scores, cut, out=_flat(like)), like)
 
 
-def unit_scores(scores: Tensor, pattern: Vector | Kernel | Channel, n: float, default_mask: Tensor | None) -> Scores:
+def unit_scores(scores: Tensor, pattern: Unit, n: float, default_mask: Tensor | None = None) -> Scores:
     """Return the Ln norm of each unit; a unit with nothing left counts as dead.
 
     Args:
@@ -77,13 +77,13 @@ def unit_scores(scores: Tensor, pattern: Vector | Kernel | Channel, n: float, de
     return Scores.of(identity, norms, alive=None if default_mask is None else units_alive(pattern, default_mask))
 
 
-def units_alive(pattern: Vector | Kernel | Channel, mask: Tensor) -> Tensor:
+def units_alive(pattern: Unit, mask: Tensor) -> Tensor:
     """Return, flat and bool, which units of ``mask`` have an entry left."""
     mask, axes = pattern.split(mask)
     return (mask.amax(axes) if mask.numel() else mask.new_empty(0)).reshape(-1) != 0
 
 
-def unit_mask(keep: Tensor, pattern: Vector | Kernel | Channel, like: Tensor, default_mask: Tensor | None) -> Tensor:
+def unit_mask(keep: Tensor, pattern: Unit, like: Tensor, default_mask: Tensor | None = None) -> Tensor:
     """Spread ``keep``, one flag per unit, over the entries of the units.
 
     Args:
@@ -122,7 +122,7 @@ def threshold_mask(scores: Scores, threshold: float, like: Tensor) -> Tensor:
     return finish(flat, like)
 
 
-def every_other_mask(step: int, offset: int, like: Tensor, default_mask: Tensor | None) -> Tensor:
+def every_other_mask(step: int, offset: int, like: Tensor, default_mask: Tensor | None = None) -> Tensor:
     """Drop every ``step``-th of the living entries in row-major order, beginning with number ``offset``.
 
     Args:
@@ -229,12 +229,12 @@ def _flat(like: Tensor) -> Tensor:
 
 
 def _rows(scores: Tensor, pattern: NM, default_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return ``scores`` and ``default_mask`` as matrices whose rows lie along the axis of ``pattern``."""
+    """Return ``scores`` and ``default_mask`` as matrices whose rows, one a part, lie along the axis of ``pattern``."""
     axis = pattern.axis(scores.shape)
 
     def matrix(tensor: Tensor) -> Tensor:
         moved = tensor.detach().movedim(axis, -1)
-        return moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
+        return moved.reshape(math.prod(moved.shape[:-1]) * pattern.groups, moved.shape[-1] // pattern.groups)
 
     return matrix(scores), None if default_mask is None else matrix(default_mask)
 

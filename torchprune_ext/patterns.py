@@ -1,7 +1,8 @@
 """What one prunable unit is, independent of how units are scored: frozen values that check themselves."""
 
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -9,11 +10,31 @@ from torch import Tensor
 from torchprune_ext._checks import check_whole
 
 
+class Unit(Protocol):
+    """A kind of unit: entries of a tensor that live or die together.
+
+    A value that has this name and this method is a unit for :mod:`torchprune_ext.masks` and for the global calls;
+    nothing else needs to know of it. Each entry belongs to one unit.
+    """
+
+    units: ClassVar[str]
+    """The plural noun for errors and budgets, such as ``"kernels"``."""
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return a view of ``tensor`` in which each unit spans whole axes, and these axes.
+
+        The other axes, in row-major order, count the units.
+
+        Raises:
+            ValueError: the tensor does not fall into such units; the message says what does instead.
+        """
+
+
 def _axis(dim: int, shape: torch.Size) -> int:
     """Return ``dim`` counted from the front."""
     if not -len(shape) <= dim < len(shape):
         axes = f"0 to {len(shape) - 1}" if shape else "none"
-        raise ValueError(f"dim={dim!r} is no axis of the {len(shape)}-D shape {tuple(shape)}. Axes: {axes}.")
+        raise ValueError(f"dim={dim!r} is not an axis of the {len(shape)}-D shape {tuple(shape)}. Axes: {axes}.")
     return dim % len(shape)
 
 
@@ -29,44 +50,67 @@ class NM:
     Args:
         n: entries kept per group (count, ``0 < n <= m``).
         m: group length (count).
-        dim: axis that the groups run along; 1 is the reduction axis of ``Linear`` and ``Conv2d``, as hardware wants.
+        dim: axis that the groups run along. None stands for the reduction axis, the one that the layer's product sums
+            over, as hardware wants: calls that know the layer fill it in by :meth:`along`, and where nothing but a
+            tensor is known it is axis 1, as in ``Linear`` and ``Conv2d``.
         pad: let a short last group count as filled up with zeros; otherwise ``m`` must divide the size of ``dim``.
+        groups: number of equal parts of ``dim``, across whose borders no group of ``m`` reaches: the groups of a
+            transposed convolution, whose outputs each sum over one part of axis 0. 1 for everything else.
 
     Raises:
-        TypeError: ``n``, ``m`` or ``dim`` is no int.
-        ValueError: not ``0 < n <= m``.
+        TypeError: ``n``, ``m``, ``dim`` or ``groups`` is not an int.
+        ValueError: not ``0 < n <= m``, or ``groups`` is less than 1.
+
+    Example:
+        >>> NM(2, 4).along(0)
+        NM(n=2, m=4, dim=0, pad=False, groups=1)
     """
 
     n: int
     m: int
-    dim: int = 1
+    dim: int | None = None
     pad: bool = False
+    groups: int = 1
 
     def __post_init__(self) -> None:
         """Check the values."""
         check_whole("n", self.n, 1)
         check_whole("m", self.m, 1)
-        _check_dim(self.dim)
+        check_whole("groups", self.groups, 1)
+        if self.dim is not None:
+            _check_dim(self.dim)
         if not isinstance(self.pad, bool):
             raise TypeError(f"pad={self.pad!r} is a {type(self.pad).__name__}. Pass True or False.")
         if self.n > self.m:
             raise ValueError(
-                f"n={self.n}, m={self.m} is no N:M pattern: n entries are kept of m, so 0 < n <= m. "
+                f"n={self.n}, m={self.m} is not an N:M pattern: n entries are kept of m, so 0 < n <= m. "
                 f"Swap them for {self.m}:{self.n}, or pass e.g. n=2, m=4."
             )
+
+    def along(self, axis: int, groups: int = 1) -> "NM":
+        """Return this pattern with ``dim=axis`` and ``groups`` if its ``dim`` is None; else as it is."""
+        return replace(self, dim=axis, groups=groups) if self.dim is None else self
 
     def axis(self, shape: torch.Size) -> int:
         """Return the axis that the groups run along in ``shape``, counted from the front.
 
         Raises:
-            ValueError: ``dim`` is no axis of ``shape``, or ``m`` does not divide its size and ``pad`` is off.
+            ValueError: ``dim`` is not an axis of ``shape``, ``groups`` do not divide its size, or ``m`` does not
+                divide that of a part and ``pad`` is off.
         """
-        axis = _axis(self.dim, shape)
-        size = shape[axis]
+        dim = 1 if self.dim is None else self.dim
+        axis = _axis(dim, shape)
+        size, rest = divmod(shape[axis], self.groups)
+        if rest:
+            raise ValueError(
+                f"groups={self.groups} do not divide the {shape[axis]} entries of axis {axis} in shape "
+                f"{tuple(shape)}. Pass the groups of the transposed convolution, or groups=1."
+            )
         if size % self.m and not self.pad:
             divisors = [d for d in range(1, size + 1) if size % d == 0]
+            part = f" in each of {self.groups} groups" if self.groups > 1 else ""
             raise ValueError(
-                f"m={self.m} does not divide the {size} entries of dim={self.dim} in shape {tuple(shape)}. "
+                f"m={self.m} does not divide the {size} entries of dim={dim}{part} in shape {tuple(shape)}. "
                 f"Choose m from {divisors}, or pass pad=True to let the short last group count as filled with zeros."
             )
         return axis
@@ -80,12 +124,12 @@ class Vector:
         dim: axis that the vectors run along; negative counts from the end.
 
     Raises:
-        TypeError: ``dim`` is no int.
+        TypeError: ``dim`` is not an int.
     """
 
     dim: int = -1
 
-    units = "vectors"
+    units: ClassVar[str] = "vectors"
 
     def __post_init__(self) -> None:
         """Check the value."""
@@ -100,7 +144,7 @@ class Vector:
 class Kernel:
     """A convolution kernel ``weight[o, i]``: all entries that share their first two indices."""
 
-    units = "kernels"
+    units: ClassVar[str] = "kernels"
 
     def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return ``tensor`` and the axes that one unit spans in it.
@@ -117,6 +161,53 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """A rectangle of entries of a matrix, in a grid that begins at its first entry and covers it.
+
+    Args:
+        block: number of rows and of columns (counts), ``(rows, columns)``, or one number for both.
+
+    Raises:
+        TypeError: ``block`` is neither an int nor a pair of ints.
+        ValueError: a number is less than 1.
+    """
+
+    block: int | tuple[int, int]
+
+    units: ClassVar[str] = "blocks"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        sizes = self.block if isinstance(self.block, tuple) else (self.block, self.block)
+        if len(sizes) != 2:
+            raise TypeError(f"block={self.block!r} has {len(sizes)} sizes. Pass (rows, columns), or one int for both.")
+        for size in sizes:
+            check_whole("block" if size is self.block else f"block={self.block!r}, of which one", size, 1)
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Return a view of ``tensor`` and the axes that one unit spans in it.
+
+        Raises:
+            ValueError: the tensor is not a matrix, or blocks do not cover it exactly.
+        """
+        shape = tuple(tensor.shape)
+        if len(shape) != 2:
+            raise ValueError(
+                f"shape {shape} is not a matrix, which blocks are cut from. Use kernel_ln for a convolution, or "
+                "vector_ln, which takes any shape."
+            )
+        rows, columns = self.block if isinstance(self.block, tuple) else (self.block, self.block)
+        if shape[0] % rows or shape[1] % columns:
+            divisors = [[d for d in range(1, size + 1) if size % d == 0] for size in shape]
+            raise ValueError(
+                f"block={self.block!r} does not cover shape {shape} exactly. Pass (rows, columns) with rows from "
+                f"{divisors[0]} and columns from {divisors[1]}."
+            )
+        blocks = tensor.unflatten(0, (shape[0] // rows, rows)).unflatten(2, (shape[1] // columns, columns))
+        return blocks, (1, 3)
+
+
+@dataclass(frozen=True, slots=True)
 class Channel:
     """A slice across ``dim``: an output channel (filter) of a layer, or an input channel.
 
@@ -129,7 +220,7 @@ class Channel:
     dim: int = 0
     groups: int = 1
 
-    units = "channels"
+    units: ClassVar[str] = "channels"
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -140,7 +231,7 @@ class Channel:
         """Return a view of ``tensor`` and the axes that one unit spans in it.
 
         Raises:
-            ValueError: ``dim`` is no axis of the tensor, or ``groups`` do not divide axis 0.
+            ValueError: ``dim`` is not an axis of the tensor, or ``groups`` do not divide axis 0.
         """
         axis = _axis(self.dim, tensor.shape)
         if self.groups == 1:

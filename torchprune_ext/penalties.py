@@ -1,9 +1,13 @@
 """Terms to add to a training loss so that pruning costs less afterwards."""
 
+import math
+import numbers
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchprune_ext._checks import check_module
 from torchprune_ext._host import Target
 
 
@@ -20,7 +24,8 @@ def bn_l1_penalty(model: nn.Module, strength: float = 1e-4) -> Tensor:
         A differentiable number in the units of ``strength``.
 
     Raises:
-        ValueError: the model has no BatchNorm with scales, or ``strength`` is negative.
+        TypeError: ``model`` is not a module, or ``strength`` is not a number.
+        ValueError: the model has no BatchNorm with scales, or ``strength`` is negative or not finite.
 
     Source: Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*, arXiv:1708.06519,
     equation 1.
@@ -30,8 +35,13 @@ def bn_l1_penalty(model: nn.Module, strength: float = 1e-4) -> Tensor:
         >>> bn_l1_penalty(model, strength=0.5)
         tensor(2., grad_fn=<MulBackward0>)
     """
-    if not strength >= 0:
-        raise ValueError(f"strength={strength!r} would reward large scales. Pass a number >= 0.")
+    check_module("model", model)
+    if isinstance(strength, bool) or not isinstance(strength, numbers.Real):
+        raise TypeError(
+            f"strength={strength!r} is a {type(strength).__name__}. Pass a number >= 0, e.g. strength=1e-4."
+        )
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength={strength!r} must be finite and at least 0. Pass e.g. strength=1e-4.")
     found = [Target.found(module, "weight") for module in model.modules() if isinstance(module, _BatchNorm)]
     scales = [t.parameter if t.mask is None else t.parameter * t.mask for t in found if t is not None]
     if not scales:

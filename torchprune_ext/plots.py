@@ -3,18 +3,25 @@
 Every function draws on ``ax``, or on a new figure without it, and returns what it drew on; none of them shows, saves or
 changes a setting of matplotlib. matplotlib comes with the extra ``plots`` and is imported only when a picture is drawn.
 
-"Pruned" is what a mask says where there is one, and otherwise every entry that is exactly 0.
+An entry is pruned where its mask is 0, or, in a tensor without a mask, where its value is exactly 0. So a model looks
+the same before and after its pruning is made permanent. A tensor that several modules share (tied weights) is drawn
+under each of their names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from torchprune_ext._checks import check_module
+from torchprune_ext._host import pruned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,15 +33,16 @@ DENSE = "#E69F00"
 PRUNED = "#E9E9E9"
 LINE = "#4D4D4D"
 SMALLEST_TEXT = 5.0  # points; values that would have to be smaller are left out
+MOST_CUBES = 10_000  # more take minutes, and none of them can be told from the next
 
 
 def mask_image(tensor: Tensor, ax: Axes | None = None) -> Axes:
-    """Draw a matrix with its pruned entries in grey and the others in blue.
+    """Draw a matrix with its zeros in grey and its other entries in blue.
 
     The values are written into the cells where they fit, unless they are only 0 and 1, as in a mask.
 
     Args:
-        tensor: a 2-D weight or mask.
+        tensor: a weight or mask of shape (rows, columns), of any dtype but complex.
         ax: where to draw; a new figure by default.
 
     Returns:
@@ -42,7 +50,8 @@ def mask_image(tensor: Tensor, ax: Axes | None = None) -> Axes:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: ``tensor`` is not 2-D.
+        TypeError: ``tensor`` is not a real tensor, or ``ax`` is not 2-D axes.
+        ValueError: ``tensor`` is not 2-D, or has no entries or no data.
 
     Example:
         >>> import torch
@@ -54,9 +63,10 @@ def mask_image(tensor: Tensor, ax: Axes | None = None) -> Axes:
     pyplot = _import_pyplot()
     from matplotlib.colors import ListedColormap
 
-    _check_axes_count("mask_image", tensor, 2, "Pass tensor.reshape(len(tensor), -1), or use mask_cubes.")
-    ax = ax or pyplot.subplots(layout="constrained")[1]
-    values = _on_cpu(tensor)
+    values = _values_with_axes("mask_image", tensor, 2, "Pass e.g. tensor.reshape(len(tensor), -1).")
+    if ax is None:
+        ax = pyplot.subplots(layout="constrained")[1]
+    _check_ax("ax", ax)
     rows, columns = values.shape
     kept = (values != 0).double()
     ax.imshow(kept.numpy(), cmap=ListedColormap([PRUNED, KEPT]), vmin=0, vmax=1)
@@ -77,7 +87,8 @@ def mask_cubes(tensor: Tensor, ax: Axes3D | None = None) -> Axes3D:
     Inside a block, the channels lie on top of each other, the first one uppermost.
 
     Args:
-        tensor: a 4-D weight or mask, (filters, channels, height, width); made for some hundreds of entries.
+        tensor: a weight or mask of shape (filters, channels, height, width), of any dtype but complex; made for some
+            hundreds of entries.
         ax: where to draw, with ``projection="3d"``; a new figure by default.
 
     Returns:
@@ -85,8 +96,8 @@ def mask_cubes(tensor: Tensor, ax: Axes3D | None = None) -> Axes3D:
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: ``ax`` has no third dimension.
-        ValueError: ``tensor`` is not 4-D.
+        TypeError: ``tensor`` is not a real tensor, or ``ax`` is not 3-D axes.
+        ValueError: ``tensor`` is not 4-D, has no entries or no data, or has more than 10,000 entries.
 
     Example:
         >>> import torch
@@ -96,11 +107,15 @@ def mask_cubes(tensor: Tensor, ax: Axes3D | None = None) -> Axes3D:
         ['filter 0', 'filter 1', 'channel 0', 'channel 1', 'channel 2']
     """
     pyplot = _import_pyplot()
-    _check_axes_count("mask_cubes", tensor, 4, "Use mask_image for a matrix.")
-    ax = ax or pyplot.figure(figsize=(6, 4)).add_subplot(projection="3d")
-    if not hasattr(ax, "bar3d"):
-        raise TypeError('mask_cubes needs axes made with projection="3d", e.g. figure.add_subplot(projection="3d")')
-    kept = _on_cpu(tensor) != 0
+    kept = _values_with_axes("mask_cubes", tensor, 4, "Use mask_image for a matrix.") != 0
+    if kept.numel() > MOST_CUBES:
+        raise ValueError(
+            f"tensor.shape={tuple(tensor.shape)} would be {kept.numel():,} cubes, and mask_cubes draws at most "
+            f"{MOST_CUBES:,}. Pass a part of it, e.g. tensor[:4, :4]."
+        )
+    if ax is None:
+        ax = pyplot.figure(figsize=(6, 4)).add_subplot(projection="3d")
+    _check_ax("ax", ax, "3d")
     filters, channels, height, width = kept.shape
     left = [1.6 * width * number for number in range(filters)]
     bottom = [1.5 * (channels - 1 - number) for number in range(channels)]
@@ -125,25 +140,54 @@ def mask_cubes(tensor: Tensor, ax: Axes3D | None = None) -> Axes3D:
     return ax
 
 
-def weight_histograms(model: nn.Module, axes: Sequence[Axes] | None = None) -> list[Axes]:
-    """Draw one histogram per weight of a model: all entries as an outline, the surviving ones filled.
+def weight_histograms(model: nn.Module, axes: Iterable[Axes] | None = None) -> list[Axes]:
+    """Draw one histogram per weight of a model: all entries as an outline, those that are not pruned filled.
+
+    While a tensor is pruned, its pruned entries still have their dense values, and the outline shows them; once the
+    pruning is permanent, they are 0.
 
     Args:
-        model: a network; every tensor with two or more axes is drawn, and every pruned one.
-        axes: where to draw, at least as many as there are such tensors; a new figure by default.
+        model: a network; every parameter with two or more axes is drawn, and every pruned one.
+        axes: where to draw, at least as many as there are such tensors, e.g. ``figure.subplots(2, 2).flat``; a new
+            figure by default.
 
     Returns:
         The axes drawn on, in the order of the model.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the model has no such tensor, or ``axes`` are too few.
+        TypeError: ``model`` is not a module, or ``axes`` are not 2-D axes.
+        ValueError: the model has no such tensor, one of them has no data or is not finite, or ``axes`` are too few.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> axes = weight_histograms(model, axes=Figure().subplots(1, 2))
+        >>> [ax.get_title() for ax in axes]
+        ['0.weight: 100.0 % kept', '2.weight: 100.0 % kept']
     """
     pyplot = _import_pyplot()
-    weights = _weights(model)
-    chosen = list(axes) if axes is not None else _new_axes(pyplot, len(weights))
+    weights = [weight for weight in _weights("model", model) if weight.is_drawn]
+    _check_any("model", model, weights)
+    for weight in weights:
+        if bad := int((~weight.values.isfinite()).sum()):
+            raise ValueError(
+                f"model: {weight.where} has {bad} NaN or infinite entries, for which a histogram has no bin. "
+                "Find out where they come from (a diverged training run, an overflow), and draw finite values."
+            )
+    if axes is None:
+        chosen = _new_axes(pyplot, len(weights))
+    elif isinstance(axes, Iterable):
+        chosen = list(axes)
+    else:
+        raise TypeError(f"axes={axes!r} is a {type(axes).__name__}. Pass several axes, e.g. [ax] for one.")
+    for place, ax in enumerate(chosen):
+        _check_ax(f"axes[{place}]", ax)
     if len(chosen) < len(weights):
-        raise ValueError(f"axes={len(chosen)} axes are too few for the model's {len(weights)} weights")
+        raise ValueError(
+            f"axes are {len(chosen)}, too few for the {len(weights)} weights of {type(model).__name__}. Pass one for "
+            f"each of {[weight.label for weight in weights]}, or none for a new figure."
+        )
     for ax, weight in zip(chosen, weights, strict=False):
         _draw_histogram(ax, weight)
     if axes is None:
@@ -155,11 +199,12 @@ def weight_histograms(model: nn.Module, axes: Sequence[Axes] | None = None) -> l
 
 
 def density_bars(model: nn.Module, after: nn.Module | None = None, ax: Axes | None = None) -> Axes:
-    """Draw the fraction of each weight that is left, as bars; those of ``after`` below those of ``model``, if given.
+    """Draw the density of each weight, the fraction of its entries that is not pruned, as bars.
 
     Args:
-        model: a network; every tensor with two or more axes is drawn, and every pruned one.
-        after: the same network, pruned further.
+        model: a network; every parameter with two or more axes is drawn, and every pruned one.
+        after: the same network, pruned further; its bars are drawn below those of ``model``. A bias or another vector
+            is then drawn if it is pruned in both, since a 0 in a vector without a mask need not be a pruned one.
         ax: where to draw; a new figure by default.
 
     Returns:
@@ -167,17 +212,30 @@ def density_bars(model: nn.Module, after: nn.Module | None = None, ax: Axes | No
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a model has no such tensor, or the two have different ones.
+        TypeError: ``model`` or ``after`` is not a module, or ``ax`` is not 2-D axes.
+        ValueError: there is no such tensor, or one without data, or the two models have different tensors.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> _ = torch.nn.utils.prune.l1_unstructured(model[0], "weight", amount=3)
+        >>> ax = density_bars(model, ax=Figure().subplots())
+        >>> [text.get_text() for text in ax.texts]
+        ['75.0 % (9 of 12)', '100.0 % (6 of 6)']
     """
     pyplot = _import_pyplot()
-    rounds = [_weights(one) for one in (model, after) if one is not None]
-    labels = [weight.label for weight in rounds[-1]]
-    if any(sorted(weight.label for weight in weights) != sorted(labels) for weights in rounds):
-        raise ValueError(f"the two models have different weights: after has {labels}")
-    ax = ax or pyplot.subplots(figsize=(7, 1 + 0.35 * len(rounds) * len(labels)), layout="constrained")[1]
+    rounds = [{weight.label: weight for weight in _weights("model", model)}]
+    if after is not None:
+        rounds.append({weight.label: weight for weight in _weights("after", after)})
+        _check_same(*rounds)
+    labels = [label for label in rounds[0] if all(weights[label].is_drawn for weights in rounds)]
+    _check_any("model", model, labels)
+    if ax is None:
+        ax = pyplot.subplots(figsize=(7, 1 + 0.35 * len(rounds) * len(labels)), layout="constrained")[1]
+    _check_ax("ax", ax)
     thickness = 0.8 / len(rounds)
     for number, weights in enumerate(rounds):
-        kept = [next(weight.kept for weight in weights if weight.label == label) for label in labels]
+        kept = [weights[label].kept for label in labels]
         bars = ax.barh(
             [row + thickness * (number - (len(rounds) - 1) / 2) for row in range(len(labels))],
             [100 * alive.double().mean().item() for alive in kept],
@@ -189,49 +247,92 @@ def density_bars(model: nn.Module, after: nn.Module | None = None, ax: Axes | No
         ax.bar_label(bars, notes, padding=4, fontsize="small", color=LINE)
     ax.set_yticks(range(len(labels)), labels=labels)
     ax.invert_yaxis()
-    ax.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel="weights left (%)")
+    longest = max(len(text.get_text()) for text in ax.texts)
+    ax.set(xlim=(0, 100 / (1 - 0.0125 * longest)), xticks=range(0, 101, 20), xlabel="density (%)")  # room for the notes
     ax.spines[["top", "right"]].set_visible(False)
+    ax.spines["bottom"].set_bounds(0, 100)
     if len(rounds) > 1:
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return ax
 
 
-class _Weight(NamedTuple):
-    """A weight under the name that its user knows, with all of its values and where they are kept."""
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """A parameter under the name that its user knows, and its mask, if it is pruned."""
 
     label: str
-    values: Tensor
-    kept: Tensor
+    dense: Tensor
+    mask: Tensor | None
+
+    @property
+    def where(self) -> str:
+        """The parameter in words, for errors."""
+        return f"{self.label} of shape {tuple(self.dense.shape)}"
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it is a matrix or more, or pruned."""
+        return self.mask is not None or self.dense.dim() > 1
+
+    @property
+    def values(self) -> Tensor:
+        """All values, those of pruned entries included."""
+        return _on_cpu(self.dense)
+
+    @property
+    def kept(self) -> Tensor:
+        """Where an entry is not pruned."""
+        return _on_cpu(self.dense if self.mask is None else self.mask) != 0
 
 
-def _weights(model: nn.Module) -> list[_Weight]:
-    """Return all tensors of ``model`` with two or more axes, and all pruned ones."""
-    if not (weights := list(_find_weights(model))):
-        raise ValueError(f"{type(model).__name__} has no parameter with two or more axes and no pruned one to draw")
-    return weights
+def _weights(param: str, model: nn.Module) -> list[_Weight]:
+    """Return all parameters of ``model``, the caller's ``param``, that have entries."""
+    check_module(param, model)
+    return list(_find_weights(param, model))
 
 
-def _find_weights(model: nn.Module) -> Iterator[_Weight]:
-    """Yield what :func:`_weights` returns; a pruned tensor is a parameter ``*_orig`` with a buffer ``*_mask``."""
+def _find_weights(param: str, model: nn.Module) -> Iterator[_Weight]:
+    """Yield what :func:`_weights` returns."""
+    targets = {(id(target.module), target.stored_name): target for target in pruned(model)}
     for path, module in model.named_modules():
-        buffers = dict(module.named_buffers(recurse=False))
-        for key, parameter in module.named_parameters(recurse=False):
-            name = key.removesuffix("_orig")
-            mask = buffers.get(f"{name}_mask") if name != key else None
-            if mask is not None or parameter.dim() > 1:
-                values = _on_cpu(parameter)
-                kept = (values if mask is None else _on_cpu(mask)) != 0
-                yield _Weight(f"{path}.{key if mask is None else name}".lstrip("."), values, kept)
+        for stored, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            target = targets.get((id(module), stored))
+            label = f"{path}.{stored if target is None else target.name}".lstrip(".")
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"{param}: {label} has no shape yet. Run one forward first, then draw.")
+            weight = _Weight(label, parameter, None if target is None else target.mask)
+            _check_drawable(f"{param}: {weight.where}", parameter)
+            if parameter.numel():
+                yield weight
+
+
+def _check_any(param: str, model: nn.Module, found: list[Any]) -> None:
+    """Raise ``ValueError`` unless something was ``found`` in ``model``, the caller's ``param``."""
+    if not found:
+        raise ValueError(
+            f"{param} of type {type(model).__name__} has no parameter with two or more axes and no pruned one, so "
+            "there is nothing to draw. Pass the model that owns the weights."
+        )
+
+
+def _check_same(before: dict[str, _Weight], after: dict[str, _Weight]) -> None:
+    """Raise ``ValueError`` unless the two models have parameters of the same names and shapes."""
+    parts = [{weight.where for weight in weights.values()} for weights in (before, after)]
+    if parts[0] != parts[1]:
+        raise ValueError(
+            f"model and after have different parameters: only model has {sorted(parts[0] - parts[1])}, only after has "
+            f"{sorted(parts[1] - parts[0])}. Pass a network and its copy.deepcopy from before pruning."
+        )
 
 
 def _draw_histogram(ax: Axes, weight: _Weight) -> None:
     """Draw all values of ``weight`` as an outline and the kept ones filled, in the same bins."""
     count = min(80, max(12, math.isqrt(weight.values.numel())))
     counts, edges = torch.histogram(weight.values.flatten(), count)
-    left, _ = torch.histogram(weight.values[weight.kept], edges)
-    ax.stairs(counts.numpy(), edges.numpy(), color=DENSE, linewidth=1.5, label="before pruning", zorder=2)
-    ax.stairs(left.numpy(), edges.numpy(), color=KEPT, fill=True, label="left after pruning")
-    ax.set_title(f"{weight.label}: {_percent(weight.kept)} left", fontsize="medium")
+    kept, _ = torch.histogram(weight.values[weight.kept], edges)
+    ax.stairs(counts.numpy(), edges.numpy(), color=DENSE, linewidth=1.5, label="all entries", zorder=2)
+    ax.stairs(kept.numpy(), edges.numpy(), color=KEPT, fill=True, label="entries that are not pruned")
+    ax.set_title(f"{weight.label}: {_percent(weight.kept)} kept", fontsize="medium")
     ax.set(xlabel="value", ylabel="entries")
     ax.locator_params(axis="x", nbins=6)
     ax.spines[["top", "right"]].set_visible(False)
@@ -246,31 +347,64 @@ def _new_axes(pyplot: ModuleType, count: int) -> list[Axes]:
 
 
 def _write_values(ax: Axes, values: Tensor) -> None:
-    """Write each value into its cell, unless the cells are too narrow to read it."""
-    inches = ax.get_window_extent().width / ax.figure.dpi
-    size = min(11.0, 72 * inches / values.shape[1] / 3.5)  # points; "-0.46" is about three ems wide
+    """Write each value into its cell, unless the cells are too small to read it."""
+    rows, columns = values.shape
+    # a pruned negative value is -0.0
+    texts = [[f"{value or 0.0:.2g}" for value in row] for row in values.tolist()]
+    extent = ax.get_window_extent()
+    cell = 72 / ax.figure.dpi * min(extent.width / columns, extent.height / rows)  # points; cells are square
+    size = min(11.0, cell / 0.7 / max(len(text) for row in texts for text in row))  # a digit is about 0.6 em wide
     if size < SMALLEST_TEXT:
         return
-    for row, cells in enumerate(values.tolist()):
-        for column, value in enumerate(cells):
-            colour = "white" if value else LINE
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=size)
+    for row, cells in enumerate(texts):
+        for column, text in enumerate(cells):
+            colour = "white" if values[row, column] else LINE
+            ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
 
 
-def _check_axes_count(function: str, tensor: Tensor, count: int, remedy: str) -> None:
-    """Raise ``ValueError`` unless ``tensor`` has ``count`` axes."""
+def _values_with_axes(function: str, tensor: Tensor, count: int, remedy: str) -> Tensor:
+    """Return the values of ``tensor`` unless it is not a tensor of ``count`` axes with entries."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensor is a {type(tensor).__name__}. Pass a torch.Tensor, e.g. torch.as_tensor(array).")
     if tensor.dim() != count:
-        raise ValueError(f"tensor.shape={tuple(tensor.shape)} does not fit {function}: {count} axes needed. {remedy}")
+        raise ValueError(
+            f"tensor.shape={tuple(tensor.shape)} has {tensor.dim()} axes, and {function} draws {count}. {remedy}"
+        )
+    if tensor.numel() == 0:
+        raise ValueError(f"tensor.shape={tuple(tensor.shape)} has no entries to draw. Pass a tensor that has some.")
+    _check_drawable("tensor", tensor)
+    return _on_cpu(tensor)
+
+
+def _check_ax(param: str, ax: object, projection: str = "rectilinear") -> None:
+    """Raise ``TypeError`` unless ``ax``, the caller's ``param``, is axes of matplotlib of that ``projection``."""
+    from matplotlib.axes import Axes
+
+    example = "figure.add_subplot(projection='3d')" if projection == "3d" else "figure.add_subplot()"
+    if not isinstance(ax, Axes):
+        raise TypeError(f"{param} is a {type(ax).__name__}. Pass matplotlib axes, e.g. {example}.")
+    if ax.name != projection:
+        raise TypeError(f"{param} has the projection {ax.name!r}, not {projection!r}. Pass e.g. {example}.")
+
+
+def _check_drawable(where: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor``, for errors ``where``, has real values that can be read here."""
+    if tensor.is_meta:
+        raise ValueError(f"{where} is on the meta device and has no values to draw. Materialize it first.")
+    if tensor.is_complex():
+        raise TypeError(f"{where} is complex ({tensor.dtype}). Draw a real tensor, e.g. its absolute values.")
+    if hasattr(tensor, "device_mesh"):
+        raise ValueError(f"{where} is a DTensor, of which other processes hold parts. Draw its full_tensor().")
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """Return the values as float64 on the CPU, from any device and dtype."""
-    return tensor.detach().to("cpu", torch.float64)
+    """Return the values as float64 on the CPU, from any device, dtype and layout."""
+    return tensor.detach().to_dense().to("cpu", torch.float64)
 
 
 def _percent(kept: Tensor) -> str:
     """Return the fraction of ``kept`` that is true, as a percentage."""
-    return f"{kept.double().mean().item():.0%}"
+    return f"{kept.double().mean().item():.1%}".replace("%", " %")
 
 
 def _cube_colours(kept: Tensor) -> tuple[list[Any], list[Any]]:

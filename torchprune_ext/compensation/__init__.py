@@ -4,7 +4,7 @@ Each layer is fitted by least squares to the outputs that the dense model has th
 already fitted model gives it. One pass over the data treats all layers in sequence; it needs no targets. Masks are
 ordinary masks of the host, of any method, and what is computed goes into ``weight_orig`` and the bias.
 
-The model runs in eval mode on every batch twice over (dense and pruned side by side), so its samples must not mix.
+Each batch goes through the model twice, in eval mode: as the reference model and as the pruned one, side by side.
 Beside one layer's moments, inputs x inputs in float64, the activations of all batches between two layers are held:
 pass as much data as fits, e.g. with ``max_batches``.
 """
@@ -12,5 +12,16 @@ pass as much data as fits, e.g. with ``max_batches``.
 from torchprune_ext.compensation.baseline import sparsegpt
 from torchprune_ext.compensation.calls import compensate, prune_and_compensate
 from torchprune_ext.compensation.fitting import Fit, Fits
+from torchprune_ext.compensation.reference import DenseValues, dense_values
+from torchprune_ext.compensation.rounds import prune_in_rounds
 
-__all__ = ["Fit", "Fits", "compensate", "prune_and_compensate", "sparsegpt"]
+__all__ = [
+    "DenseValues",
+    "Fit",
+    "Fits",
+    "compensate",
+    "dense_values",
+    "prune_and_compensate",
+    "prune_in_rounds",
+    "sparsegpt",
+]

@@ -1,4 +1,14 @@
-"""Calls that stop in the middle, hand something out and go on later, however deep in other people's code they are."""
+"""Calls that stop in the middle, hand something out and go on later, however deep in other people's code they are.
+
+A pass over the data has to stop inside of a model's forward, at each layer, with all batches there before any goes on.
+The usual ways do not serve any module: running block after block needs to know the blocks and what goes between them,
+running the model up to a layer again for each layer takes time quadratic in its depth, and hooks cannot suspend. Python
+suspends a frame only from within (generators), and what lies between is other people's code; so a call gets a stack of
+its own, which in CPython without extensions is a thread. Only one runs at a time, so nothing needs a lock.
+
+What a call costs: a thread (its stack is reserved, not resident), a pool of threads where it calls OpenMP,
+and what its forward holds where it stands. Dozens of them are nothing, thousands are too many.
+"""
 
 import contextvars
 import threading

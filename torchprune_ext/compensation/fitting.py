@@ -13,29 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprune_ext._checks import check_whole
-from torchprune_ext._host import Target
-from torchprune_ext._layers import Layer
+from torchprune_ext._checks import check_module, check_whole, warn
+from torchprune_ext._host import Target, all_or_nothing, install, pruned, remember_dense, rewrite, targets_of
+from torchprune_ext._layers import Layer, Solution
 from torchprune_ext._runs import Key, Options, calibrating, wide, with_progress
-from torchprune_ext.compensation.solvers import Problem, refit
-from torchprune_ext.compensation.streams import Pass, Solution
+from torchprune_ext.compensation.reference import Dense, reference_tables
+from torchprune_ext.compensation.solvers import Moments, Problem, refit
+from torchprune_ext.compensation.streams import Pass, Tables
 from torchprune_ext.masks import finish
+from torchprune_ext.methods import GlobalPruning
 
-SampleMask = Callable[[Any], Tensor]
 Decide = Callable[[Layer, Problem, Tensor, Tensor], tuple[Tensor, Tensor]]  # from weights and mask to new ones
+SampleMask = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a layer's outputs are off the dense model's, in squares relative to their variation, on the data given.
+    """What a layer's outputs are off the reference model's, in squares relative to their variation, on the data given.
 
     Args:
         before: with what was pruned merely zeroed.
         after: with the survivors re-fitted.
+        rows: how many rows of data the layer saw; fewer than it has inputs do not determine its weights.
     """
 
     before: float
     after: float
+    rows: int
 
 
 Fits = dict[Key, Fit]
@@ -51,94 +55,218 @@ class Fitted:
     bias: Tensor | None
 
 
-def fit_layers(
-    model: nn.Module,
-    loader: Iterable[Any],
-    targets: Sequence[Target],
-    dense: Sequence[tuple[Tensor, Tensor | None]],
-    decide: Decide | None,
-    sample_mask: SampleMask | None,
-    free: Sequence[bool],
-    options: Options,
-) -> tuple[list[Fitted], Fits]:
-    """Fit all layers in sequence and return what to install; changes nothing.
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """What a call fits, to what, and on which data: the same in all of its passes. Use :meth:`of` to make one.
 
     Args:
         model: the model.
-        loader: batches.
-        targets: the tensors to fit.
-        dense: weight and bias that the dense stream has for each.
-        decide: from a layer, its problem, its weights and mask to new ones; None to re-fit what the mask leaves.
-        sample_mask: which samples count.
-        free: whether the bias of each layer is fitted too.
+        targets: the listed tensors, as they were at first.
+        biases: the modules whose bias is fitted too.
+        reference: what the modules hold while the model runs as the reference model.
+        whole: whether the reference is a whole model, and not this one without the listed masks.
+        batches: what the loader gave.
         options: how the data is read.
     """
-    fits: Fits = {}
-    masks: dict[Key, Tensor] = {}
-    if options.get("process_group") is not None:
-        raise ValueError("process_group= is not supported here: each layer is fitted in one process. Leave it out.")
-    raw = taken(loader, options)
-    rows = [None if sample_mask is None else _bool_mask(sample_mask(batch)) for batch in raw]
-    quiet: Options = {**options, "progress": False}  # the bar counts layers
-    with calibrating(model, [(target.module, target.name) for target in targets], quiet) as run:
-        layers = [
-            Layer(Target.of(target.module, target.name), name, *values, bias)
-            for target, name, values, bias in zip(targets, run.names, dense, free, strict=True)
-        ]
-        given = dict(zip(layers, targets, strict=True))
-        bar = with_progress(layers, "compensate", None, options.get("progress"))
-        steps = iter(bar)
 
-        def solve(layer: Layer, problem: Problem) -> Solution:
-            weight, mask = given[layer].weight(), given[layer].mask
-            weight = layer.matrix(weight).to(wide(weight.dtype))
-            alive = weight.new_ones(()).expand_as(weight) if mask is None else layer.matrix(mask != 0).to(weight)
-            bias = layer.bias_rows()
-            if decide is None:
-                found, keep = refit(problem, weight, alive), alive
-            else:
-                found, keep = decide(layer, problem, weight, alive)
-            start = weight * keep
-            rounded = found.to(layer.dense.dtype)
-            best = problem.best_bias(rounded).to(layer.dense.dtype) if layer.bias else None
-            before = problem.error(start, bias if layer.bias else None)
-            after = problem.error(rounded, None if best is None else best.double())
-            # Rounding to the model's precision may have cost more than was gained, or gone beyond its range.
-            worse = ~(after <= before) if decide is None else ~after.isfinite()
-            rounded[worse] = start[worse].to(rounded.dtype)
-            after = torch.where(worse, before, after)
-            if best is not None:
-                best = torch.where(worse, bias, best.double()).to(best.dtype)
-            key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
-            fits[key] = Fit(float(before.sum()) / whole, float(after.sum()) / whole)
-            masks[key] = layer.shaped(keep)
+    model: nn.Module
+    targets: list[Target]
+    biases: frozenset[nn.Module]
+    reference: Tables
+    whole: bool
+    batches: list[Any]
+    options: Options
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        loader: Iterable[Any],
+        params: Iterable[Key],
+        dense: Dense | None,
+        options: Options,
+        *,
+        biases: bool = True,
+        create_bias: bool = False,
+    ) -> "Task":
+        """Check the arguments and read the data.
+
+        Args:
+            model: the model.
+            loader: batches.
+            params: ``(module, name)`` pairs; tensors that several modules share are refused.
+            dense: where the reference model's values come from.
+            options: how the data is read.
+            biases: fit the layers' biases too, but those that are pruned, shared, or computed.
+            create_bias: also give layers that were made without a bias one.
+        """
+        targets = _targets(model, params)
+        if options.get("process_group") is not None:
+            raise ValueError("process_group= is not supported here: each layer is fitted in one process. Leave it out.")
+        reference = reference_tables(model, targets, dense)
+        free = _free_biases(model, targets, create_bias) if biases else frozenset()
+        return cls(model, targets, free, reference, dense is not None, _taken(loader, options), options)
+
+    def fit(
+        self, decide: Decide | None = None, *, keep_better: bool = True, progress: bool | None = None
+    ) -> tuple[list[Fitted], Fits]:
+        """Fit all layers in sequence and return what to install; changes nothing.
+
+        Args:
+            decide: from a layer, its problem, its weights and mask to new ones; None to re-fit what the mask leaves.
+            keep_better: let no row get worse than it is with what was pruned merely zeroed.
+            progress: show a bar over the layers; by default as the options say.
+        """
+        fits: Fits = {}
+        masks: dict[Key, Tensor] = {}
+        few: list[str] = []
+        sample_mask = self.options.get("sample_mask")
+        rows = [None if sample_mask is None else _bool_mask(sample_mask(batch)) for batch in self.batches]
+        targets = [Target.of(target.module, target.name) for target in self.targets]
+        quiet: Options = {**self.options, "progress": False}  # the bar counts layers
+        with calibrating(self.model, [(target.module, target.name) for target in targets], quiet) as run:
+            layers = [Layer(target.module, target.name, name) for target, name in zip(targets, run.names, strict=True)]
+            given = dict(zip(layers, targets, strict=True))
+            bar = with_progress(
+                layers, "compensate", None, self.options.get("progress") if progress is None else progress
+            )
+            steps = iter(bar)
+
+            def solve(layer: Layer, moments: Moments) -> Solution:
+                free, weight, mask = layer.module in self.biases, given[layer].weight(), given[layer].mask
+                problem = moments.problem(None if free else layer.bias_rows())
+                weight = layer.matrix(weight).to(wide(weight.dtype))
+                alive = weight.new_ones(()).expand_as(weight) if mask is None else layer.matrix(mask != 0).to(weight)
+                if decide is None:
+                    found, keep = refit(problem, weight, alive), alive
+                else:
+                    found, keep = decide(layer, problem, weight, alive)
+                new, bias, before, after = _rounded(layer, problem, weight * keep, found, free, keep_better)
+                key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
+                fits[key] = Fit(float(before.sum()) / whole, float(after.sum()) / whole, problem.count)
+                masks[key] = layer.shaped(keep)
+                if problem.count < weight.shape[-1]:
+                    few.append(f"{layer.label} ({problem.count} of {weight.shape[-1]})")
+                next(steps, None)
+                tell(bar, 1 - float(keep.mean()), fits[key].after)
+                return layer.shaped(new), None if bias is None else bias.reshape(-1)
+
+            walk = Pass(run, layers, self.reference, solve)
+            walk.over(list(run.batches(self.batches, "")), rows)
             next(steps, None)
-            tell(bar, 1 - float(keep.mean()), fits[key].after)
-            return layer.shaped(rounded), None if best is None else best.reshape(-1)
+        found = []
+        for layer, target in zip(layers, targets, strict=True):
+            weight, bias = walk.solved[layer]
+            like = target.parameter.detach() if target.mask is None else target.mask
+            mask = finish(masks[layer.module, layer.name].to(like.dtype), like)
+            values = torch.where(mask != 0, weight, target.parameter.detach())
+            found.append(Fitted(target, mask, values, bias))
+        self._warn(fits, few)
+        ordered = {(target.module, target.name): fits[target.module, target.name] for target in targets}
+        return found, ordered
 
-        walk = Pass(run, layers, solve)
-        walk.over(list(run.batches(raw, "")), rows)
-        next(steps, None)
-    new = []
-    for layer, target in zip(layers, targets, strict=True):
-        weight, bias = walk.solved[layer]
-        like = target.parameter.detach() if target.mask is None else target.mask
-        mask = finish(masks[layer.module, layer.name].to(like.dtype), like)
-        values = torch.where(mask != 0, weight, target.parameter.detach())
-        new.append(Fitted(target, mask, values, bias))
-    return new, {(target.module, target.name): fits[target.module, target.name] for target in targets}
+    def install(self, found: Sequence[Fitted], entry: Callable[[Target], GlobalPruning | None]) -> None:
+        """Install what a pass has found, with a mask and an ``entry`` in the history if there is one, or nothing."""
+        dense = {(id(table), key): value for table, key, value in self.reference}
+        with all_or_nothing(target.module for target in self.targets):
+            for fitted in found:
+                target = fitted.target
+                if target.mask is not None:
+                    old = dense.get((id(target.module._parameters), target.name), target.parameter)
+                    remember_dense(target, old)
+            entries = [(each.target, entry(each.target), each.mask) for each in found]
+            install([(target, method, mask) for target, method, mask in entries if method is not None])
+            rewrite([(each.target, each.weight, each.bias) for each in found])
+
+    def _warn(self, fits: Fits, few: Sequence[str]) -> None:
+        """Warn where a fit says less than it seems to; ``few`` are the layers that too little data reaches."""
+        if few:
+            warn(
+                f"fewer rows of data than the layer has inputs reach {', '.join(few)}, so the fit follows their noise. "
+                "Pass more data."
+            )
+        listed = {(target.module, target.name) for target in self.targets}
+        others = [t.where for t in pruned(self.model) if t.name != "bias" and (t.module, t.name) not in listed]
+        if not self.whole and others and all(fit.before <= 1e-6 for fit in fits.values()):
+            warn(
+                f"nothing was off in any of the {len(fits)} layers: what is pruned but not listed, {others[0]} and "
+                f"{len(others) - 1} more, is pruned in the reference model too. List it as well, or pass dense=."
+            )
 
 
-def dense_values(targets: Sequence[Target]) -> list[tuple[Tensor, Tensor | None]]:
-    """Return the values under the masks, and the biases."""
-    biases = [Target.found(target.module, "bias") for target in targets]
-    return [
-        (target.parameter.detach(), None if bias is None else bias.parameter.detach())
-        for target, bias in zip(targets, biases, strict=True)
-    ]
+def _rounded(
+    layer: Layer, problem: Problem, start: Tensor, found: Tensor, free: bool, keep_better: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return weights and bias in the layer's dtype, and the errors of each row before and after.
+
+    Args:
+        layer: the layer.
+        problem: its least squares.
+        start: weights that are merely masked.
+        found: new weights.
+        free: whether the bias is fitted.
+        keep_better: take a row only if it is no worse than ``start``, and not merely finite.
+    """
+    bias, dtype = layer.bias_rows(), layer.weight.dtype
+    rounded = found.to(dtype)
+    best = problem.best_bias(rounded).to(dtype) if free else None
+    before = problem.error(start, bias if free else None)
+    after = problem.error(rounded, None if best is None else best.double())
+    # Rounding to the model's precision may have cost more than was gained, or gone beyond its range.
+    worse = ~(after <= before) if keep_better else ~after.isfinite()
+    rounded[worse] = start[worse].to(dtype)
+    after = torch.where(worse, before, after)
+    if best is not None:
+        best = torch.where(worse, bias, best.double()).to(dtype)
+    return rounded, best, before, after
 
 
-def taken(loader: Iterable[Any], options: Options) -> list[Any]:
+def _targets(model: nn.Module, params: Iterable[Key]) -> list[Target]:
+    """Find the listed tensors; those that several modules share are refused."""
+    check_module("model", model)
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    found = targets_of(params)
+    if not found:
+        raise ValueError("params=[] lists no tensor. Pass (module, name) pairs, e.g. of prunable_parameters(model).")
+    for place, target in found.items():
+        names = places.get(id(target.parameter), [])
+        if not names:
+            raise ValueError(f"params[{place}], {target.where}, is not a part of the model.")
+        if [each.module for each in found.values()].count(target.module) > 1:
+            raise TypeError(
+                f"params[{place}], {target.where}, is one of several tensors of its module, which therefore does not "
+                "multiply as Linear does. Leave them out."
+            )
+        if target.mask is not None and not ((target.mask == 0) | (target.mask == 1)).all():
+            raise ValueError(
+                f"params[{place}], {target.where}, has a mask with values besides 0 and 1. Prune it by a mask of those."
+            )
+        if len(names) > 1:
+            raise ValueError(
+                f"params[{place}], {target.where}, is tied: {' and '.join(names)} would have to make up for different "
+                "errors. Leave it out, or untie it."
+            )
+    return list(found.values())
+
+
+def _free_biases(model: nn.Module, targets: Sequence[Target], create: bool) -> frozenset[nn.Module]:
+    """Return the modules whose bias may be changed: not one that is pruned, shared, or computed."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    found = set()
+    for target in targets:
+        bias = Target.found(target.module, "bias")
+        if bias is None:
+            free = create and "bias" in target.module._parameters
+        else:
+            free = bias.mask is None and owners[id(bias.parameter)] == 1
+        if free:
+            found.add(target.module)
+    return frozenset(found)
+
+
+def _taken(loader: Iterable[Any], options: Options) -> list[Any]:
     """Return the batches that the options ask for."""
     most = options.get("max_batches")
     if most is not None:
@@ -152,19 +280,6 @@ def _bool_mask(mask: Tensor) -> Tensor:
         what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"sample_mask gave {what}. Let it return a bool tensor, True where a sample counts.")
     return mask
-
-
-def free_biases(model: nn.Module, targets: Sequence[Target], create: bool) -> list[bool]:
-    """Return whether the bias of each layer may be changed: not if it is pruned, shared, or computed."""
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    found = []
-    for target in targets:
-        bias = Target.found(target.module, "bias")
-        if bias is None:
-            found.append(create and "bias" in target.module._parameters)
-        else:
-            found.append(bias.mask is None and owners[id(bias.parameter)] == 1)
-    return found
 
 
 def tell(bar: Any, sparsity: float, error: float) -> None:

@@ -120,7 +120,7 @@ def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
     """Return the best weights on the support ``keep``, by conjugate gradients over many rows at once.
 
     The Gram matrix is shared, so one product per step serves every row; the mask projects and the diagonal
-    preconditions. A ridge pulls towards ``weight``. No row gets worse.
+    preconditions. A ridge pulls towards ``weight``.
 
     Args:
         problem: the layer's least squares.
@@ -134,8 +134,6 @@ def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
         *(t.split(ROWS, 1) for t in (found, keep, cross, before / problem.size().squeeze(-1))), strict=True
     ):
         _descend(gram, *part)
-    worse = ~(problem.error(found) < before)
-    found[worse] = weight[worse] * keep[worse]
     return found
 
 

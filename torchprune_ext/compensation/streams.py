@@ -1,47 +1,57 @@
-"""One pass of a model over all its calibration data at once, stopping at each layer, with a dense and a pruned stream.
+"""One pass of a model over all its calibration data at once, stopping at each layer, dense and pruned side by side.
 
-Every batch is given twice over, first half dense, second half pruned, and goes through the model as a coroutine: one
-after the other runs until it reaches one of the listed layers, and when all are there, the layer is solved from what
-they have brought, and all go on with the layer's new weights. So a model of any structure is treated in sequence in a
-single pass, as long as its samples do not mix and all batches take the same way. What is held at a time is what the
-batches need between two layers, and the moments of one layer.
+Every batch goes through the model twice, as two coroutines: once as the reference model, once as the pruned one. One
+after the other runs until it reaches the next of the listed layers; when all are there, the layer is solved from the
+pruned ones' inputs and the reference's outputs, and all go on, the pruned ones with the layer's new weights. So a model
+of any structure is treated in sequence in a single pass, as long as all batches take the same way. What is held at a
+time is what the batches need between two layers, and the moments of one layer.
 
-A rehearsal with the first batch finds out beforehand where the samples stand in each layer's input, and refuses what
-the pass could only get wrong.
+Both are the same modules: while the reference runs, they hold the reference's tensors instead of their own. Tensors
+that modules keep on themselves from one layer to a later one are swapped along.
+
+A rehearsal with the first batch refuses what the pass could only get wrong: layers that are called twice or never, and
+inputs that are random or depend on the values of the data.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 
-from torchprune_ext._layers import Layer
+from torchprune_ext._layers import Layer, Multiply, Solution
 from torchprune_ext._runs import Batch, Run, tree_map
 from torchprune_ext.compensation.coroutines import Coroutine, hand_out
-from torchprune_ext.compensation.solvers import Moments, Problem
+from torchprune_ext.compensation.solvers import Moments
 
-Solution = tuple[Tensor, Tensor | None]  # the pruned stream's weight and, if it is new, bias, in the module's shapes
-Solve = Callable[["Layer", Problem], Solution]
+Solve = Callable[[Layer, Moments], Solution]  # the bias is None where it stays
+Tables = Sequence[tuple[dict[str, Any], str, Any]]  # a table of a module, a key in it, and what to put there
 SUMMED_ROWS = 4096  # of a least squares in one product: few enough for sums in float32
 SUMMED_NUMBERS = 1 << 18  # or more rows, if their inputs are no more numbers than the cache holds
 MIXED = (
-    "Samples may not mix, and every tensor of a batch whose first axis is as long as the batch, here {size}, counts as "
-    "one entry per sample. If one is something else, choose another batch size or pass prepare=."
+    "Every tensor of a batch whose first axis is as long as the batch, here {size}, counts as one entry per sample. If "
+    "one is something else, choose another batch size or pass prepare=."
 )
 
 
 class Pass:
-    """One pass over the data that solves ``layers`` one after the other."""
+    """One pass over the data that solves ``layers`` one after the other.
 
-    def __init__(self, run: Run, layers: Sequence[Layer], solve: Solve) -> None:
-        self.run, self.layers, self.solve = run, layers, solve
+    Args:
+        run: the open model.
+        layers: what to solve, in any order.
+        reference: what the modules hold while the reference model runs, where it is something else.
+        solve: from a layer and its least squares to its new weight and bias.
+    """
+
+    def __init__(self, run: Run, layers: Sequence[Layer], reference: Tables, solve: Solve) -> None:
+        self.run, self.layers, self.reference, self.solve = run, layers, reference, solve
         self.solved: dict[Layer, Solution] = {}
-        self.axes: dict[Layer, int] = {}  # on which the samples stand in each layer's input
+        self.axes: dict[Layer, int] = {}  # on which the samples stand in each layer's input, if that matters
+        self.dense = False  # whether it is the reference that runs
         self.kept: list[tuple[dict[str, Any], str]] = []  # where modules keep tensors while a batch goes through
         self.held: dict[Coroutine, list[Any]] = {}
 
@@ -59,42 +69,64 @@ class Pass:
                     "one value for each sample, (samples,), or for each token, (samples, tokens)."
                 )
         with torch.no_grad():
-            self._rehearse(batches[0])
+            self._rehearse(batches[0], sample_axes=any(mask is not None for mask in masks))
             device = self.run.tensors[0].device.type
-            calls = [Coroutine(partial(self.run.output, _joined(batch, lambda t: t)), device) for batch in batches]
+            works = [partial(self.run.output, batch.inputs) for batch in batches]
+            calls = [(Coroutine(work, device), Coroutine(work, device)) for work in works]
             try:
-                with self._instead_of_forward(self._reach), torch.autocast(device, enabled=False):
+                with self._instead_of_products(self._reach), torch.autocast(device, enabled=False):
                     while self._next(calls, batches, masks):
                         pass
             finally:
                 for call in calls:
-                    call.close()
+                    for each in call:
+                        each.close()
 
-    def _next(self, calls: Sequence[Coroutine], batches: Sequence[Batch], masks: Sequence[Tensor | None]) -> bool:
+    def _next(
+        self, calls: Sequence[tuple[Coroutine, Coroutine]], batches: Sequence[Batch], masks: Sequence[Tensor | None]
+    ) -> bool:
         """Let all batches go on to the next layer and solve it; return False if they have come to the end instead."""
-        layer, moments = None, Moments()
-        for call, batch, mask in zip(calls, batches, masks, strict=True):
-            with self._keeping(call):
-                stop: tuple[Layer, Tensor, Tensor] | None = call.resume()
-            reached = None if stop is None else stop[0]
-            if call is calls[0]:
-                layer = reached
-            if reached is not layer or layer in self.solved:
+        reached, moments = None, Moments()
+        for number, ((dense, pruned), batch, mask) in enumerate(zip(calls, batches, masks, strict=True)):
+            y, x = self._resume(dense, dense=True), self._resume(pruned, dense=False)
+            layers = {None if stop is None else stop[0] for stop in (y, x)} | ({reached} if number else set())
+            if len(layers) > 1 or (y is not None and y[0] in self.solved):
                 raise self._other_way()
-            if stop is not None:
-                _bring(moments, *stop, batch, mask)
-        if layer is None and len(self.solved) < len(self.layers):
+            if x is not None and y is not None:
+                reached = x[0]
+                self._bring(moments, reached, x[1], y[1], batch, mask)
+        if reached is None and len(self.solved) < len(self.layers):
             raise self._other_way()
-        if layer is not None:
-            self.solved[layer] = self._solution(layer, moments)
-        return layer is not None
+        if reached is not None:
+            self.solved[reached] = self._solution(reached, moments, masked=any(m is not None for m in masks))
+        return reached is not None
+
+    def _resume(self, call: Coroutine, *, dense: bool) -> tuple[Layer, Tensor] | None:
+        """Let ``call`` go on, as the reference if ``dense``, with the tensors that modules held when it stopped."""
+        self.dense = dense
+        for (table, key), value in zip(self.kept, self.held.get(call, ()), strict=False):
+            table[key] = value
+        with _holding(self.reference) if dense else nullcontext():
+            stop: tuple[Layer, Tensor] | None = call.resume()
+        self.held[call] = [table.get(key) for table, key in self.kept]
+        return stop
+
+    def _reach(self, layer: Layer, x: Tensor, multiply: Multiply) -> Tensor:
+        """Stand in for a layer's product: hand out what it gives or gets, and go on when the layer is solved."""
+        if self.dense:
+            y = multiply()
+            hand_out((layer, y.detach()))
+            return y
+        hand_out((layer, x.detach()))
+        weight, bias = self.solved[layer]
+        return multiply((weight, layer.bias if bias is None else bias))
 
     @contextmanager
-    def _instead_of_forward(self, stand_in: Callable[..., Tensor]) -> Iterator[None]:
-        """Let ``stand_in(layer, ...)`` be called in place of each layer's forward."""
+    def _instead_of_products(self, stand_in: Callable[[Layer, Tensor, Multiply], Tensor]) -> Iterator[None]:
+        """Let ``stand_in(layer, x, multiply)`` be called in place of each layer's product."""
         plain = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda function: function
         for layer in self.layers:
-            layer.module.forward = plain(lambda *args, layer=layer, **kwargs: stand_in(layer, *args, **kwargs))
+            layer.module.forward = plain(partial(layer.call, partial(stand_in, layer)))
         try:
             yield
         finally:
@@ -103,43 +135,67 @@ class Pass:
 
     # --- the rehearsal
 
-    def _rehearse(self, batch: Batch) -> None:
-        """See what reaches the layers, once with ``batch`` and once with its first sample over and over behind it."""
+    def _rehearse(self, batch: Batch, *, sample_axes: bool) -> None:
+        """See what reaches the layers, and refuse what a pass would get wrong."""
         before = [(vars(module), dict(vars(module))) for module in self.run.model.modules()]
         once = self._seen(batch.inputs)
-        try:
-            twice = self._seen(_joined(batch, lambda t: t[:1].expand_as(t)))
-        except (RuntimeError, IndexError) as error:
-            raise ValueError(
-                f"loader: the model fails on a batch that is given twice over. {MIXED.format(size=batch.size)}"
-            ) from error
         for layer in self.layers:
             if layer not in once:
                 raise ValueError(
-                    f"params holds {layer.label}, whose module is never called, as when its parent reads the weight. "
-                    "Leave it out."
+                    f"params holds {layer.label}, whose module is never called on this data, as an expert that no "
+                    "token is routed to, or as when its parent reads the weight. Leave it out."
                 )
-            self.axes[layer] = self._sample_axis(layer, batch.size, once[layer], twice.get(layer))
         for table, old in before:
             changed = [key for key, value in table.items() if isinstance(value, Tensor) and value is not old.get(key)]
             self.kept += [(table, key) for key in changed]
+        again = self._seen(batch.inputs)
+        for layer, (shape, rows) in once.items():
+            other = again.get(layer, (torch.Size(), rows))
+            if shape != other[0] or not torch.allclose(rows, other[1], rtol=1e-3, atol=1e-6, equal_nan=True):
+                raise ValueError(
+                    f"{layer.label} gets another input when the model gets the same batch again, so the pruned model "
+                    "cannot be compared with the dense one. Switch off what is random, as dropout that is always on."
+                )
+        try:
+            empty = {layer: shape for layer, (shape, _) in self._seen(batch.inputs, zero=True).items()}
+        except (RuntimeError, IndexError, ValueError):
+            empty = {}
+        for layer, (shape, _) in once.items():
+            if empty.get(layer) != shape:
+                raise ValueError(
+                    f"{layer.label} gets an input of shape {tuple(shape)}, and of another when the listed weights are "
+                    "zero: which samples reach it depends on the weights, as with the experts of a mixture, so the "
+                    "dense and the pruned model disagree about them. Leave it out."
+                )
+        if sample_axes:
+            try:
+                twice = self._seen(_joined(batch))
+            except (RuntimeError, IndexError) as error:
+                raise ValueError(
+                    f"loader: the model fails on a batch that is given twice over. {MIXED.format(size=batch.size)}"
+                ) from error
+            for layer in self.layers:
+                self.axes[layer] = self._sample_axis(layer, batch.size, once[layer], twice.get(layer))
 
-    def _seen(self, inputs: Any) -> dict[Layer, tuple[torch.Size, Tensor]]:
-        """Return the shape of each layer's input when the model gets ``inputs``, and a mixture of its last axis."""
+    def _seen(self, inputs: Any, *, zero: bool = False) -> dict[Layer, tuple[torch.Size, Tensor]]:
+        """Return the shape of each layer's input when the model gets ``inputs``, and a mixture of its last axis.
+
+        With ``zero`` the layers multiply with zeros instead of their weights.
+        """
         found: dict[Layer, tuple[torch.Size, Tensor]] = {}
 
-        def look(layer: Layer, *args: Any, **kwargs: Any) -> Tensor:
-            x = layer.input(args, kwargs)
+        def look(layer: Layer, x: Tensor, multiply: Multiply) -> Tensor:
             if layer in found:
                 raise ValueError(f"{layer.label} is called more than once in a pass. Leave it out.")
-            y: Tensor = layer.original(x)
+            y = multiply((torch.zeros_like(layer.weight), layer.bias)) if zero else multiply()
             with torch.autocast(x.device.type, enabled=False):
-                layer.check(x)
+                if not zero:
+                    layer.check(x)
                 mixed = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-                found[layer] = x.shape, mixed @ torch.ones_like(mixed[(0,) * (x.dim() - 1)]).cumsum(0).sin()
+                found[layer] = x.shape, mixed @ torch.arange(x.shape[-1], device=x.device).add(1).sin().to(mixed)
             return y
 
-        with self._instead_of_forward(look):
+        with self._instead_of_products(look):
             self.run.output(inputs)
         return found
 
@@ -151,7 +207,7 @@ class Pass:
         grown = [axis for axis, pair in enumerate(zip(shape, longer, strict=False)) if pair[0] != pair[1]]
         if len(shape) == len(longer) and len(grown) == 1 and longer[grown[0]] == 2 * shape[grown[0]]:
             [axis] = grown
-            last = 0 if isinstance(layer.module, _ConvNd) else len(shape) - 2
+            last = 0 if layer.convolution else len(shape) - 2
             if axis <= last and shape[axis] % size == 0:
                 first = plain.narrow(axis, 0, shape[axis] // size)
                 expected = torch.cat([plain, *[first] * size], axis)
@@ -160,60 +216,69 @@ class Pass:
                     return axis
         raise ValueError(
             f"{layer.label} gets an input of shape {tuple(shape)} in which a sample's rows depend on other samples or "
-            f"do not stand together. {MIXED.format(size=size)} Otherwise leave the layer out."
+            f"do not stand together, so sample_mask= does not tell which of them count. {MIXED.format(size=size)} "
+            "Otherwise leave the layer out."
         )
 
     # --- the pass
 
-    def _reach(self, layer: Layer, *args: Any, **kwargs: Any) -> Tensor:
-        """Stand in for the layer's forward: hand out what it gets and gives, and go on when it is solved."""
-        x, axis = layer.input(args, kwargs), self.axes[layer]
-        if x.dim() <= axis or x.shape[axis] % 2:
-            raise self._other_way()
-        dense, pruned = x.chunk(2, axis)
-        y = layer.forward(dense, layer.dense, layer.dense_bias)
-        hand_out((layer, pruned.detach().movedim(axis, 0), y.detach().movedim(axis, 0)))
-        weight, bias = self.solved[layer]
-        return torch.cat((y, layer.forward(pruned, weight, layer.bias_now if bias is None else bias)), axis)
+    def _bring(self, moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch, mask: Tensor | None) -> None:
+        """Add the pruned stream's inputs ``x`` and the reference's outputs ``y`` to the moments."""
+        axis = self.axes.get(layer, 0)
+        x, y = x.movedim(axis, 0), y.movedim(axis, 0)
+        if x.dim() != y.dim() or x.shape[0] != y.shape[0] or (not layer.convolution and x.shape[:-1] != y.shape[:-1]):
+            raise ValueError(
+                f"{layer.label} gets an input of shape {tuple(x.shape)} in the pruned model, and gives an output of "
+                f"shape {tuple(y.shape)} in the dense one, so their rows do not belong together. Leave it out."
+            )
+        if not len(x):
+            return
+        each = layer.outputs(y[:1]).shape[1]  # rows of the least squares for one entry of the first axis
+        keep = None if mask is None else _rows_that_count(mask, layer, len(y) * each // batch.size)
+        step = max(max(SUMMED_ROWS, SUMMED_NUMBERS // layer.weight[0].numel()) // max(each, 1), 1)
+        for start in range(0, len(x), step):
+            inputs, outputs = layer.inputs(x[start : start + step]), layer.outputs(y[start : start + step])
+            if keep is not None:
+                some = keep[start * each : (start + step) * each]
+                inputs, outputs = inputs[:, some], outputs[:, some]
+            moments.add(inputs, outputs)
 
-    @contextmanager
-    def _keeping(self, call: Coroutine) -> Iterator[None]:
-        """Let modules hold the tensors that they held when ``call`` stopped, and note those of its next stop."""
-        for (table, key), value in zip(self.kept, self.held.get(call, ()), strict=False):
-            table[key] = value
-        yield
-        self.held[call] = [table.get(key) for table, key in self.kept]
-
-    def _solution(self, layer: Layer, moments: Moments) -> Solution:
+    def _solution(self, layer: Layer, moments: Moments, *, masked: bool) -> Solution:
         if not moments.count:
-            raise ValueError("sample_mask leaves out every sample. Let it be True where a sample counts.")
+            raise ValueError(
+                "sample_mask leaves out every sample. Let it be True where a sample counts."
+                if masked
+                else f"params holds {layer.label}, which no row of data reaches. Leave it out, or pass more data."
+            )
         if not all(total.isfinite().all() for total in moments.sums):
             raise ValueError(
                 f"{layer.label} gets inputs, or gives outputs, that hold NaN or infinity or have squares beyond the "
                 "range of their dtype. Check the data, or leave such samples out by sample_mask=."
             )
-        return self.solve(layer, moments.problem(None if layer.bias else layer.bias_rows()))
+        return self.solve(layer, moments)
 
     def _other_way(self) -> ValueError:
         return ValueError("loader: batches take different ways through the model. Pass such that call the same layers.")
 
 
-def _joined(batch: Batch, other: Callable[[Tensor], Tensor]) -> Any:
-    """Return the inputs of ``batch`` with ``other`` of them behind, as more samples."""
-    return tree_map(lambda t: torch.cat((t, other(t))) if t.dim() and len(t) == batch.size else t, batch.inputs)
+@contextmanager
+def _holding(tables: Tables) -> Iterator[None]:
+    """Put what ``tables`` say into the modules, and take it out again."""
+    before = [(table, key, table[key]) for table, key, _ in tables]
+    for table, key, value in tables:
+        table[key] = value
+    try:
+        yield
+    finally:
+        for table, key, value in before:
+            table[key] = value
 
 
-def _bring(moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch, mask: Tensor | None) -> None:
-    """Add the pruned stream's inputs ``x`` and the dense outputs ``y``, samples first, to the moments."""
-    each = layer.outputs(y[:1]).shape[1]  # rows of the least squares for one entry of the first axis
-    keep = None if mask is None else _rows_that_count(mask, layer, len(y) * each // batch.size)
-    step = max(max(SUMMED_ROWS, SUMMED_NUMBERS // layer.dense[0].numel()) // each, 1)
-    for start in range(0, len(x), step):
-        inputs, outputs = layer.inputs(x[start : start + step]), layer.outputs(y[start : start + step])
-        if keep is not None:
-            some = keep[start * each : (start + step) * each]
-            inputs, outputs = inputs[:, some], outputs[:, some]
-        moments.add(inputs, outputs)
+def _joined(batch: Batch) -> Any:
+    """Return the inputs of ``batch`` with as many repetitions of its first sample behind."""
+    return tree_map(
+        lambda t: torch.cat((t, t[:1].expand_as(t))) if t.dim() and len(t) == batch.size else t, batch.inputs
+    )
 
 
 def _rows_that_count(mask: Tensor, layer: Layer, each: int) -> Tensor:
@@ -228,4 +293,4 @@ def _rows_that_count(mask: Tensor, layer: Layer, each: int) -> Tensor:
             f"sample_mask gave {mask.shape[1]} values for each sample, of which {layer.label} sees {each} rows. "
             "Let it return one for each sample, or leave the layer out."
         )
-    return mask.reshape(-1).to(layer.dense.device)
+    return mask.reshape(-1).to(layer.weight.device)

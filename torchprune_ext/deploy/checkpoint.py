@@ -11,7 +11,16 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 
 from torchprune_ext._checks import check_module, errors_about
-from torchprune_ext._host import Target, all_or_nothing, as_plain, install, pruned, refuse_half_tied
+from torchprune_ext._host import (
+    Target,
+    all_or_nothing,
+    as_plain,
+    install,
+    own_targets,
+    pruned,
+    refuse_half_tied,
+    stored_keys,
+)
 from torchprune_ext.deploy.copying import refresh
 
 M = TypeVar("M", bound=nn.Module)
@@ -162,12 +171,8 @@ def _slots(model: nn.Module) -> dict[str, Target]:
     """Return every tensor of ``model`` that is or could be pruned, by the key that it has when dense."""
     slots = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for stored, parameter in module._parameters.items():
-            short = stored.removesuffix("_orig")
-            name = short if f"{short}_mask" in module._buffers and short not in module._parameters else stored
-            target = Target.found(module, name)
-            if parameter is not None and target is not None:
-                slots[f"{path}.{name}" if path else name] = target
+        for target in own_targets(module):
+            slots[f"{path}.{target.name}" if path else target.name] = target
     return slots
 
 
@@ -185,7 +190,7 @@ def _masks(
             _check_shape(key, values[key], own[key])
     masks: list[tuple[Target, BasePruningMethod, Tensor]] = []
     for stem, target in slots.items():
-        orig, mask = f"{stem}_orig", f"{stem}_mask"
+        orig, mask = stored_keys(stem)
         if target.mask is None and (orig in own or mask in own):
             continue  # the model's own tensors are called so
         for key in {stem, orig} & given:
@@ -194,7 +199,7 @@ def _masks(
         # files that write shared memory once have the values of tied tensors under one of the names
         others = tied[id(target.parameter)]
         if mask in given:
-            holders = [f"{other}_orig" for other in [stem, *others] if f"{other}_orig" in given]
+            holders = [stored_keys(other)[0] for other in [stem, *others] if stored_keys(other)[0] in given]
             if not holders:
                 raise ValueError(
                     f"state_dict has the mask {mask!r} without its {orig!r}, so there are no values to mask. "
@@ -213,7 +218,7 @@ def _masks(
                 f"state_dict has {orig!r} without its {mask!r}, so what is pruned is unknown. Save the whole state "
                 f"dict of the pruned model, or rename {orig!r} to {stem!r} if it is dense."
             )
-        elif stem not in given and any(f"{other}_mask" in given and f"{other}_orig" in given for other in others):
+        elif stem not in given and any(given.issuperset(stored_keys(other)) for other in others):
             raise ValueError(
                 f"state_dict has nothing for {stem!r}, which is tied to {others!r} in the model, and prunes that. Say "
                 f"whether {stem!r} is pruned too: state_dict[{mask!r}] = the other mask, or state_dict[{stem!r}] = "

@@ -6,22 +6,10 @@ of the earlier tensor is kept. Tensors that are the same object (tied weights) a
 same mask wherever they are listed.
 """
 
-from torchprune_ext.global_pruning.channels import global_bn_scaling
-from torchprune_ext.global_pruning.entries import (
-    global_gradient_magnitude,
-    global_obd_saliency,
-    global_unstructured,
-)
-from torchprune_ext.global_pruning.nm import global_nm_structured
-from torchprune_ext.global_pruning.units import global_kernel_ln, global_ln_structured, global_vector_ln
+from torchprune_ext.global_pruning import channels, entries, nm, units
+from torchprune_ext.global_pruning.channels import *  # noqa: F403 - what its __all__ names
+from torchprune_ext.global_pruning.entries import *  # noqa: F403 - what its __all__ names
+from torchprune_ext.global_pruning.nm import *  # noqa: F403 - what its __all__ names
+from torchprune_ext.global_pruning.units import *  # noqa: F403 - what its __all__ names
 
-__all__ = [
-    "global_bn_scaling",
-    "global_gradient_magnitude",
-    "global_kernel_ln",
-    "global_ln_structured",
-    "global_nm_structured",
-    "global_obd_saliency",
-    "global_unstructured",
-    "global_vector_ln",
-]
+__all__ = [*channels.__all__, *entries.__all__, *nm.__all__, *units.__all__]

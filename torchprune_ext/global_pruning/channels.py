@@ -14,6 +14,8 @@ from torchprune_ext.global_pruning.budget import (
 )
 from torchprune_ext.selection import Cut, Scores, kept
 
+__all__ = ["global_bn_scaling"]
+
 
 def global_bn_scaling(
     pairs: Iterable[tuple[nn.Module, nn.Module]],
@@ -79,7 +81,7 @@ def _layers(
     feeds: dict[int, nn.Module] = {}  # the layer before each BatchNorm, and the one that a weight was first seen in
     for place, pair in enumerate(pairs):
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-            raise TypeError(f"pairs[{place}]={pair!r} is no (layer, bn) pair, e.g. (model.conv1, model.bn1).")
+            raise TypeError(f"pairs[{place}]={pair!r} is not a (layer, bn) pair, e.g. (model.conv1, model.bn1).")
         layer, bn = pair
         with errors_about(f"pairs[{place}]"):
             check_module("layer", layer)

@@ -18,6 +18,8 @@ from torchprune_ext.global_pruning.budget import (
 from torchprune_ext.masks import identity
 from torchprune_ext.selection import Scores
 
+__all__ = ["global_gradient_magnitude", "global_obd_saliency", "global_unstructured"]
+
 
 def global_unstructured(
     params: Params,
@@ -79,7 +81,7 @@ def global_gradient_magnitude(
     params: Params,
     amount: float | None = None,
     *,
-    grads: PerParameter | None = None,
+    grad: PerParameter | None = None,
     target_sparsity: float | None = None,
     min_keep: float = 1,
     process_group: Any = None,
@@ -90,7 +92,7 @@ def global_gradient_magnitude(
     Args:
         params: as in :func:`global_unstructured`, and so are the other arguments that are not listed here.
         amount: fraction (float) or number (int) of the entries of the list not yet pruned.
-        grads: gradient of every listed tensor, keyed by its pair; by default those that ``backward()`` left.
+        grad: gradient of every listed tensor, keyed by its pair; by default those that ``backward()`` left.
         target_sparsity: instead of ``amount``, the sparsity of the list in the end.
         min_keep: least number (int) or fraction (float) of the entries of each tensor that stay.
         process_group: ranks that call this together.
@@ -113,7 +115,7 @@ def global_gradient_magnitude(
     """
 
     def score(target: Target) -> Scores:
-        return gradient_scores(target, None if grads is None else listed_for("grads", grads, target))
+        return gradient_scores(target, None if grad is None else listed_for("grad", grad, target))
 
     budget = Budget(amount, target_sparsity, min_keep)
     prune("global_gradient_magnitude", params, budget, "entries", score, spread_entries, process_group, reduce)

@@ -1,12 +1,18 @@
 """One budget over many tensors that is spent by choosing how many of each group to keep."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from torchprune_ext._checks import check_whole, errors_about
+from torchprune_ext._host import all_or_nothing
+from torchprune_ext._ranks import Ranks
+from torchprune_ext._reduction import reduction_axis
 from torchprune_ext.global_pruning.budget import (
     Budget,
+    Listed,
     Params,
     PerParameter,
     groups_of,
@@ -17,18 +23,21 @@ from torchprune_ext.global_pruning.budget import (
 from torchprune_ext.masks import Profile, finish, nm_mask, nm_profile
 from torchprune_ext.patterns import NM
 
+__all__ = ["global_nm_structured"]
+
 
 def global_nm_structured(
     params: Params,
-    m: int,
     amount: float | None = None,
     *,
+    m: int,
     choices: Iterable[int] | None = None,
-    dim: int = 1,
+    dim: int | None = None,
     pad: bool = False,
     importance_scores: PerParameter | None = None,
     target_sparsity: float | None = None,
     min_keep: int = 1,
+    process_group: Any = None,
 ) -> None:
     r"""Choose for each tensor how many of ``m`` to keep, so that the whole list keeps the largest total score.
 
@@ -40,20 +49,23 @@ def global_nm_structured(
 
     Args:
         params: ``(module, name)`` pairs, any iterable; see :func:`.prunable_parameters`.
-        m: group length (count).
         amount: fraction (float) or number (int) of the entries of the list not yet pruned that shall go at least;
             exceeded by less than the groups of one tensor times the size of a step, where steps do not fit.
+        m: group length (count).
         choices: values of ``n`` to choose from, by default all; those below ``min_keep`` do not count.
-        dim: axis that the groups run along, see :class:`.NMStructured`.
+        dim: axis that the groups run along, by default that of each tensor that its layer sums over; see
+            :class:`.NMStructured`.
         pad: let a short last group count as filled up with zeros.
         importance_scores: scores of every listed tensor, keyed by its pair; by default :math:`|w|`.
         target_sparsity: instead of ``amount``, the sparsity of the list in the end.
         min_keep: least ``n`` of any tensor; 0 lets tensors be emptied, with a warning.
+        process_group: ranks that call this together, each with its own tensors, for one budget over all.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: as :func:`global_unstructured`, ``m`` does not divide an axis, a choice is not between 0 and ``m``,
             or the smallest choice keeps more than asked for. Nothing is pruned then.
+        RuntimeError: as :func:`global_unstructured`.
 
     Example:
         >>> from torch import nn
@@ -63,9 +75,44 @@ def global_nm_structured(
         >>> [int(layer.weight_mask[0, :4].sum()) for layer in (small, large)]
         [1, 3]
     """
-    budget = Budget(amount, target_sparsity, min_keep)
-    budget.check()
-    NM(1, m, dim, pad)
+    budget, ranks = Budget(amount, target_sparsity, min_keep), Ranks(process_group)
+    with ranks.together():
+        budget.check()
+        pattern, ns = NM(1, m, dim, pad), _choices(m, choices, min_keep)
+        groups = groups_of(params)
+        if process_group is None:
+            refuse_empty(groups)
+        parts = []
+        for listed in groups:
+            with errors_about(listed.where):
+                scores, along = weights_or_scores(importance_scores, listed.target), _along_inputs(pattern, listed)
+                parts.append((listed, scores, along, nm_profile(scores, along, listed.target.mask)))
+    ranks.agree("the arguments", f"global_nm_structured({budget.asked()}, choices={ns}, {pattern})")
+    profiles = _of_all([profile for _, _, _, profile in parts], m, ranks)
+    total = ranks.total(sum(listed.target.parameter.numel() for listed in groups))
+    alive = sum(profile.entries[m] for profile in profiles)
+    keep = alive - budget.count(alive, total, "entries")
+    least = sum(profile.entries[ns[0]] for profile in profiles)
+    if least > keep:
+        raise ValueError(
+            f"{budget.asked()} leaves {keep} entries, but {ns[0]} of {m} everywhere keep {least}. "
+            "Ask for less, or allow a smaller n by choices= or min_keep=."
+        )
+    chosen = _best_ns(profiles, ns, keep)[sum(ranks.counts(len(parts))[: ranks.rank]) :][: len(parts)]
+    with all_or_nothing(target.module for each in groups for target in each.everywhere()), ranks.together():
+        masks = []
+        for (listed, scores, along, _), n in zip(parts, chosen, strict=True):
+            like = listed.target.parameter
+            if n:
+                mask = finish(nm_mask(scores, replace(along, n=n), listed.target.mask), like)
+            else:
+                mask = torch.zeros_like(like, requires_grad=False)
+            masks += [(listed, target, mask, {"n": n, "m": m, "dim": along.dim}) for target in listed.everywhere()]
+        install_all("global_nm_structured", budget, masks)
+
+
+def _choices(m: int, choices: Iterable[int] | None, min_keep: int) -> list[int]:
+    """Return the values of ``n`` to choose from, in rising order."""
     check_whole("min_keep", min_keep, 0)
     if choices is not None and (isinstance(choices, str) or not isinstance(choices, Iterable)):
         raise TypeError(f"choices={choices!r} is a {type(choices).__name__}. Pass the values of n to choose from.")
@@ -75,30 +122,28 @@ def global_nm_structured(
     ns = sorted({int(n) for n in choices if n >= min_keep})
     if not ns or ns[-1] > m:
         raise ValueError(f"choices={choices!r}, min_keep={min_keep!r} must leave an n with {min_keep} <= n <= m={m}.")
-    groups = groups_of(params)
-    refuse_empty(groups)
-    scores, profiles = [], []
-    for listed in groups:
-        with errors_about(listed.where):
-            scores.append(weights_or_scores(importance_scores, listed.target))
-            profiles.append(nm_profile(scores[-1], NM(1, m, dim, pad), listed.target.mask))
-    alive = sum(profile.entries[m] for profile in profiles)
-    keep = alive - budget.count(alive, sum(listed.target.parameter.numel() for listed in groups), "entries")
-    least = sum(profile.entries[ns[0]] for profile in profiles)
-    if least > keep:
+    return ns
+
+
+def _of_all(profiles: Sequence[Profile], m: int, ranks: Ranks) -> list[Profile]:
+    """Return the profiles of the tensors of all ranks, in rank order."""
+    entries = torch.tensor([p.entries for p in profiles], dtype=torch.int64, device="cpu").reshape(-1)
+    total = torch.tensor([p.total for p in profiles], dtype=torch.float64, device="cpu").reshape(-1)
+    both = ranks.concatenate(entries).view(-1, m + 1).tolist(), ranks.concatenate(total).view(-1, m + 1).tolist()
+    return [Profile(*each) for each in zip(*both, strict=True)]
+
+
+def _along_inputs(pattern: NM, listed: Listed) -> NM:
+    """Return ``pattern`` along the reduction axis of the tensor, where it names none itself."""
+    if pattern.dim is not None:
+        return pattern
+    axes = {reduction_axis(target) for target in listed.everywhere()}
+    if len(axes) > 1:
         raise ValueError(
-            f"{budget.asked()} leaves {keep} entries, but {ns[0]} of {m} everywhere keep {least}. "
-            "Ask for less, or allow a smaller n by choices= or min_keep=."
+            "dim=None stands for the axis that the layer's product sums over, but the tensor is tied, and its layers "
+            "sum over different ones. Pass dim= for all, or leave the tensor out."
         )
-    masks = []
-    for listed, score, n in zip(groups, scores, _best_ns(profiles, ns, keep), strict=True):
-        like = listed.target.parameter
-        if n:
-            mask = finish(nm_mask(score, NM(n, m, dim, pad), listed.target.mask), like)
-        else:
-            mask = torch.zeros_like(like, requires_grad=False)
-        masks += [(listed, target, mask, {"n": n, "m": m, "dim": dim}) for target in listed.everywhere()]
-    install_all("global_nm_structured", budget, masks)
+    return pattern.along(*axes.pop())
 
 
 def _best_ns(profiles: Sequence[Profile], ns: Sequence[int], keep: int) -> list[int]:

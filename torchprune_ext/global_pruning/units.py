@@ -21,8 +21,10 @@ from torchprune_ext.global_pruning.budget import (
     weights_or_scores,
 )
 from torchprune_ext.masks import unit_mask, unit_scores
-from torchprune_ext.patterns import Channel, Kernel, Vector
+from torchprune_ext.patterns import Block, Channel, Kernel, Unit, Vector
 from torchprune_ext.selection import Cut, Scores, kept
+
+__all__ = ["global_block_ln", "global_kernel_ln", "global_ln_structured", "global_vector_ln"]
 
 
 def global_kernel_ln(
@@ -116,6 +118,48 @@ def global_vector_ln(
     _prune_units("global_vector_ln", params, budget, Vector, n, importance_scores, normalize, process_group, dim=dim)
 
 
+def global_block_ln(
+    params: Params,
+    amount: float | None = None,
+    n: float = 2,
+    *,
+    block: int | tuple[int, int],
+    importance_scores: PerParameter | None = None,
+    normalize: Normalize | None = "mean",
+    target_sparsity: float | None = None,
+    min_keep: float = 1,
+    process_group: Any = None,
+) -> None:
+    """Drop the blocks of matrices of smallest Ln norm in the whole list; see :class:`.BlockLn`.
+
+    Args:
+        params: as in :func:`global_kernel_ln`, and so are the other arguments that are not listed here.
+        amount: fraction (float) or number (int) of the blocks of the list not yet pruned.
+        n: order of the norm.
+        block: rows and columns of a block, ``(rows, columns)``, or one number for both.
+        importance_scores: scores whose norms are taken instead.
+        normalize: what is compared, see :func:`global_kernel_ln`.
+        target_sparsity: instead of ``amount``, the fraction of all blocks that shall be pruned in the end.
+        min_keep: least number (int) or fraction (float) of the blocks of each tensor that stay.
+        process_group: ranks that call this together.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: as :func:`global_unstructured`, or blocks do not cover a tensor. Nothing is pruned then.
+        RuntimeError: as :func:`global_unstructured`.
+
+    Example:
+        >>> from torch import nn
+        >>> import torchprune_ext as tpe
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        >>> global_block_ln(tpe.prunable_parameters(model), amount=3, block=4)
+        >>> sum(int(layer.weight_mask.sum()) for layer in model)  # of 4 + 2 blocks of 16 entries
+        48
+    """
+    budget = Budget(amount, target_sparsity, min_keep)
+    _prune_units("global_block_ln", params, budget, Block, n, importance_scores, normalize, process_group, block=block)
+
+
 def global_ln_structured(
     params: Params,
     amount: float | None = None,
@@ -167,7 +211,7 @@ def _prune_units(
     call: str,
     params: Params,
     budget: Budget,
-    unit: Callable[..., Vector | Kernel | Channel],
+    unit: Callable[..., Unit],
     n: float,
     importance_scores: PerParameter | None,
     normalize: str | None,

@@ -5,19 +5,9 @@ touches the module. Its ``compute_mask`` follows the host's protocol, for whoeve
 ``torch.nn.utils.prune``, e.g. ``global_unstructured(..., pruning_method=GradientMagnitude)``.
 """
 
-from torchprune_ext.methods.base import GlobalPruning, Method
-from torchprune_ext.methods.entries import EveryOther, GradientMagnitude, OBDSaliency, Threshold
-from torchprune_ext.methods.units import BNScaling, KernelLn, NMStructured, VectorLn
+from torchprune_ext.methods import base, entries, units
+from torchprune_ext.methods.base import *  # noqa: F403 - what its __all__ names
+from torchprune_ext.methods.entries import *  # noqa: F403 - what its __all__ names
+from torchprune_ext.methods.units import *  # noqa: F403 - what its __all__ names
 
-__all__ = [
-    "BNScaling",
-    "EveryOther",
-    "GlobalPruning",
-    "GradientMagnitude",
-    "KernelLn",
-    "Method",
-    "NMStructured",
-    "OBDSaliency",
-    "Threshold",
-    "VectorLn",
-]
+__all__ = [*base.__all__, *entries.__all__, *units.__all__]

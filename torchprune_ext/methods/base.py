@@ -16,6 +16,8 @@ from torchprune_ext.masks import (
     finish,
 )
 
+__all__ = ["GlobalPruning", "Method"]
+
 
 class Method(BasePruningMethod):
     """What all methods of this package share: a readable history, and ``apply`` in terms of ``compute_mask``.
@@ -26,8 +28,8 @@ class Method(BasePruningMethod):
 
     def __repr__(self) -> str:
         """Return the call that made this, e.g. ``KernelLn(amount=0.3, n=2)``."""
-        hidden = ("_tensor_name", "apply_mask")  # the host's, and that of a frozen scope
-        arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if key not in hidden)
+        shown = {key: value for key, value in vars(self).items() if not key.startswith("_") and key != "apply_mask"}
+        arguments = ", ".join(f"{key}={value!r}" for key, value in shown.items())  # the last is that of a frozen scope
         return f"{type(self).__name__}({arguments})"
 
     @classmethod
@@ -47,7 +49,7 @@ class Method(BasePruningMethod):
             The hook that is now in the module, which is this method or the ``PruningContainer`` that ends with it.
 
         Raises:
-            TypeError: no module, no real floating point tensor, or an argument of the wrong type.
+            TypeError: not a module, not a real floating point tensor, or an argument of the wrong type.
             ValueError: any other wrong argument, scores or weights that are not finite. The module is left exactly as
                 it was.
         """

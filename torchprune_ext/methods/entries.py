@@ -28,6 +28,8 @@ from torchprune_ext.masks import (
 from torchprune_ext.methods.base import Method, like
 from torchprune_ext.selection import Scores, select_smallest
 
+__all__ = ["EveryOther", "GradientMagnitude", "OBDSaliency", "Threshold"]
+
 
 class _Entries(Method):
     """Drop the entries of smallest score; subclasses say where the scores come from."""
@@ -62,7 +64,7 @@ class GradientMagnitude(_Entries):
     Units: gradients are only ranked, so any positive scale of the loss will do. Ties keep the lower index.
 
     Raises:
-        TypeError: ``amount`` is no number.
+        TypeError: ``amount`` is not a number.
         ValueError: ``amount`` is out of range.
 
     Source: see :func:`torchprune_ext.criteria.gradient_magnitude`.
@@ -113,7 +115,7 @@ class OBDSaliency(_Entries):
         with negative curvature all score 0.
 
     Raises:
-        TypeError: ``amount`` is no number.
+        TypeError: ``amount`` is not a number.
         ValueError: ``amount`` is out of range.
 
     Source: LeCun, Denker & Solla 1989, *Optimal Brain Damage*; see :func:`torchprune_ext.criteria.obd_saliency`.
@@ -122,14 +124,14 @@ class OBDSaliency(_Entries):
         >>> import torch
         >>> layer = torch.nn.Linear(4, 1)
         >>> _ = torch.nn.init.constant_(layer.weight, 1.0)
-        >>> _ = OBDSaliency.apply(layer, "weight", 0.5, torch.tensor([[3.0, 0.1, -5.0, 2.0]]))
+        >>> _ = OBDSaliency.apply(layer, "weight", 0.5, hessian_diag=torch.tensor([[3.0, 0.1, -5.0, 2.0]]))
         >>> layer.weight_mask
         tensor([[1., 0., 0., 1.]])
     """
 
     @classmethod
     def apply(  # type: ignore[override]
-        cls, module: nn.Module, name: str, amount: float, hessian_diag: Tensor
+        cls, module: nn.Module, name: str, amount: float, *, hessian_diag: Tensor
     ) -> BasePruningMethod:
         """Prune tensor ``name`` of ``module`` in place, on top of what was pruned before.
 
@@ -162,7 +164,7 @@ class Threshold(Method):
     Shapes: scores, earlier mask and mask have the weight's shape, which may be any.
 
     Raises:
-        TypeError: ``threshold`` is no number.
+        TypeError: ``threshold`` is not a number.
         ValueError: ``threshold`` is negative or not finite.
 
     Source: Han, Pool, Tran & Dally 2015, arXiv:1506.02626, section 3: "all connections with weights below a threshold
@@ -213,7 +215,7 @@ class EveryOther(Method):
         tensor lies in memory.
 
     Raises:
-        TypeError: ``step`` or ``offset`` is no int.
+        TypeError: ``step`` or ``offset`` is not an int.
         ValueError: ``step`` or ``offset`` is too small.
 
     Source: the custom method of the pruning chapter of *datawhalechina/awesome-compression*, section 3.8.

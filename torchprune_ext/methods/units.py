@@ -14,6 +14,7 @@ from torchprune_ext._checks import (
     resolve_amount,
 )
 from torchprune_ext._host import Target, install
+from torchprune_ext._reduction import reduction_axis
 from torchprune_ext._scoring import bn_masks, bn_scores
 from torchprune_ext.masks import (
     nm_mask,
@@ -21,8 +22,10 @@ from torchprune_ext.masks import (
     unit_scores,
 )
 from torchprune_ext.methods.base import Method, like
-from torchprune_ext.patterns import NM, Channel, Kernel, Vector
+from torchprune_ext.patterns import NM, Block, Channel, Kernel, Unit, Vector
 from torchprune_ext.selection import Scores, kept, select_smallest
+
+__all__ = ["BNScaling", "BlockLn", "KernelLn", "NMStructured", "VectorLn"]
 
 
 class NMStructured(Method):
@@ -31,9 +34,13 @@ class NMStructured(Method):
     Args:
         n: entries kept per group (count, ``0 < n <= m``); the sparsity is ``1 - n/m`` (fraction of the tensor).
         m: group length (count); must divide the size of ``dim`` unless ``pad`` is set.
-        dim: axis that the groups run along; 1 is the reduction axis of ``Linear`` and ``Conv2d``, which is what
-            hardware for 2:4 sparsity reads.
+        dim: axis that the groups run along. None is the reduction axis, the one that the layer's product sums over:
+            1 of ``Linear`` and of convolutions, 0 of transposed ones. A layer of a type that torch does not have is
+            tried out, as Hugging Face's ``Conv1D``, which keeps (inputs, outputs) and has axis 0. The history tells
+            which it was. A class that the host drives knows no layer, and takes None for 1.
         pad: let a short last group count as filled up with zeros.
+        groups: groups of a transposed convolution that is pruned along axis 0, else 1; with ``dim=None`` those of the
+            layer. No group of ``m`` reaches from one of them into the next.
 
     Shapes: scores, earlier mask and mask have the weight's shape, with at least ``dim + 1`` axes.
     Units: scores are ranks within a group, so any positive scale will do. Ties keep the lower index. What is pruned
@@ -41,7 +48,11 @@ class NMStructured(Method):
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: no N:M pattern.
+        ValueError: not an N:M pattern.
+
+    Hardware: sparse tensor cores multiply matrices whose rows, along the reduction, are 2:4. A convolution is such a
+        product once its weight is laid out as (outputs, kernel positions, inputs), so groups run along the input
+        channels, at each kernel position by itself: ``dim=1`` of ``Conv2d``.
 
     Source: Mishra et al. 2021, *Accelerating Sparse Deep Neural Networks*, arXiv:2104.08378 (the 2:4 case).
 
@@ -56,14 +67,19 @@ class NMStructured(Method):
 
     PRUNING_TYPE = "global"  # groups need the full shape, in stacked calls too
 
-    def __init__(self, n: int, m: int, dim: int = 1, pad: bool = False) -> None:
-        NM(n, m, dim, pad)
-        self.n, self.m, self.dim, self.pad = n, m, dim, pad
+    def __init__(self, n: int, m: int, dim: int | None = None, pad: bool = False, groups: int = 1) -> None:
+        NM(n, m, dim, pad, groups)
+        self.n, self.m, self.dim, self.pad, self.groups = n, m, dim, pad, groups
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         """Return the mask for weights or scores ``t``."""
         check_finite("importance_scores", t)
-        return nm_mask(t, NM(self.n, self.m, self.dim, self.pad), default_mask)
+        return nm_mask(t, NM(self.n, self.m, self.dim, self.pad, self.groups), default_mask)
+
+    def _mask(self, target: Target, importance_scores: Tensor | None) -> Tensor:
+        if self.dim is None:
+            self.dim, self.groups = reduction_axis(target)
+        return super()._mask(target, importance_scores)
 
 
 class _Units(Method):
@@ -76,7 +92,7 @@ class _Units(Method):
         check_order(n)
         self.amount, self.n = amount, n
 
-    def _pattern(self) -> Vector | Kernel:
+    def _pattern(self) -> Unit:
         raise NotImplementedError
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
@@ -100,7 +116,7 @@ class KernelLn(_Units):
     Units: norms are only ranked, so any positive scale will do. Ties keep the lower index.
 
     Raises:
-        TypeError: ``amount`` or ``n`` is no number.
+        TypeError: ``amount`` or ``n`` is not a number.
         ValueError: ``amount`` is out of range.
 
     Source: Mao et al. 2017, *Exploring the Regularity of Sparse Structure in Convolutional Neural
@@ -136,7 +152,7 @@ class VectorLn(_Units):
     Units: norms are only ranked, so any positive scale will do. Ties keep the lower index.
 
     Raises:
-        TypeError: ``amount`` or ``n`` is no number, ``dim`` no int.
+        TypeError: ``amount`` or ``n`` is not a number, ``dim`` not an int.
         ValueError: ``amount`` is out of range.
 
     Source: Mao et al. 2017, *Exploring the Regularity of Sparse Structure in Convolutional Neural
@@ -161,6 +177,47 @@ class VectorLn(_Units):
         return Vector(self.dim)
 
 
+class BlockLn(_Units):
+    """Drop the blocks of a matrix, rectangles in a grid, of smallest Ln norm.
+
+    Block sparse storage (PyTorch's BSR) and block sparse kernels skip what goes, for the same ``block``.
+
+    Args:
+        amount: fraction (float in [0, 1]) or number (int) of the blocks not yet pruned; a block counts as pruned when
+            nothing is left of it.
+        n: order of the norm, as in :func:`torch.linalg.vector_norm`.
+        block: rows and columns of a block (counts), ``(rows, columns)``, or one number for both; of a ``Linear``, rows
+            are outputs and columns are inputs. They must divide the weight's.
+
+    Shapes: weight, scores and masks of one shape with two axes.
+    Units: norms are only ranked, so any positive scale will do. Ties keep the lower index, row by row of blocks.
+
+    Raises:
+        TypeError: ``amount`` or ``n`` is not a number, ``block`` neither an int nor a pair of ints.
+        ValueError: ``amount`` or ``block`` is out of range.
+
+    Source: Narang, Undersander & Diamos 2017, *Block-Sparse Recurrent Neural Networks*, arXiv:1711.02782, who take the
+    largest entry for the block (``n=float("inf")``).
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 1.0, 3.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
+        >>> _ = BlockLn.apply(layer, "weight", 1, block=2)
+        >>> layer.weight_mask
+        tensor([[0., 0., 1., 1.],
+                [0., 0., 1., 1.]])
+    """
+
+    def __init__(self, amount: float, n: float = 2, *, block: int | tuple[int, int]) -> None:
+        super().__init__(amount, n)
+        Block(block)
+        self.block = block
+
+    def _pattern(self) -> Block:
+        return Block(self.block)
+
+
 class BNScaling(Method):
     r"""Drop the output channels of a layer whose BatchNorm scale :math:`|\gamma|` is smallest.
 
@@ -175,7 +232,7 @@ class BNScaling(Method):
     Units: scales are only ranked. Ties keep the lower index.
 
     Raises:
-        TypeError: ``amount`` is no number.
+        TypeError: ``amount`` is not a number.
         ValueError: ``amount`` is out of range.
 
     Source: Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*, arXiv:1708.06519.
@@ -214,7 +271,7 @@ class BNScaling(Method):
             The hook that is now in ``module``.
 
         Raises:
-            TypeError: ``bn`` is no BatchNorm, or as :meth:`Method.apply`.
+            TypeError: ``bn`` is not a BatchNorm, or as :meth:`Method.apply`.
             ValueError: ``bn`` has no weight or other channels than the layer, or as :meth:`Method.apply`. Both
                 modules are left as they were.
         """

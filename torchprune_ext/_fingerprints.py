@@ -1,0 +1,66 @@
+"""A few numbers that tell whether a tensor still has the values that it had: no copy is kept, and it is read once."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+LENGTH = 1 << 14  # entries that share a row of directions
+NUMBERS = 8  # projections; all of them would have to agree by chance
+ROUNDING = 1e-5  # of the norm: what sums in another order may differ by
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Projections of a tensor's values onto fixed random directions.
+
+    A change moves each projection by about its own norm times a standard normal number, so one that is missed is tiny
+    beside the tensor, or an accident of a probability of about ``(ROUNDING * norm / change) ** NUMBERS``.
+
+    Args:
+        shape: the tensor's shape.
+        projections: one number per direction, in the units of the tensor.
+        norm: L2 norm of the tensor.
+        precision: machine epsilon of its dtype.
+    """
+
+    shape: tuple[int, ...]
+    projections: tuple[float, ...]
+    norm: float
+    precision: float
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Fingerprint":
+        """Take the fingerprint of a floating-point tensor, on its device."""
+        flat = tensor.detach().reshape(-1)
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        directions = _directions().to(flat.device, wide)
+        whole = len(flat) // LENGTH * LENGTH
+        sums, number = torch.zeros(NUMBERS, dtype=torch.float64, device=flat.device), 0
+        for rows in flat[:whole].view(-1, LENGTH).split(LENGTH // 16):
+            weights = torch.arange(number + 1, number + 1 + len(rows), dtype=torch.float64, device=flat.device).cos()
+            sums += weights @ (rows.to(wide) @ directions).double()
+            number += len(rows)
+        sums += (flat[whole:].to(wide) @ directions[: len(flat) - whole]).double()
+        norm = float(torch.linalg.vector_norm(flat, dtype=wide)) if len(flat) else 0.0
+        return cls(tuple(tensor.shape), tuple(sums.tolist()), norm, torch.finfo(tensor.dtype).eps)
+
+    def matches(self, tensor: Tensor) -> bool:
+        """Return whether ``tensor`` has the values that this was taken of, but for a rounding to another dtype."""
+        now = Fingerprint.of(tensor)
+        if not (math.isfinite(self.norm) and math.isfinite(now.norm)):  # nothing can be told of NaN and infinity
+            return self.shape == now.shape and not (math.isfinite(self.norm) or math.isfinite(now.norm))
+        coarse = 0.0 if now.precision == self.precision else 8 * max(now.precision, self.precision)
+        bound = max(ROUNDING, coarse) * max(self.norm, now.norm)
+        close = (abs(a - b) <= bound for a, b in zip(self.projections, now.projections, strict=True))
+        return self.shape == now.shape and all(close)
+
+
+@lru_cache(maxsize=1)
+def _directions() -> Tensor:
+    """Return the directions, ``(LENGTH, NUMBERS)``: the same everywhere."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    with torch.inference_mode(False):
+        return torch.randn(LENGTH, NUMBERS, generator=generator, device="cpu")
