@@ -216,8 +216,8 @@ def refuse_half_tied(model: nn.Module, targets: Iterable[Target], instead: str) 
                 if bool((lost if kept is None else lost & (kept != 0)).any()):
                     raise ValueError(
                         f"{target.where} and {f'{path}.{holder.name}'.lstrip('.')} are the same parameter (tied), but "
-                        f"the second is {'not pruned' if kept is None else 'pruned otherwise'}, and would be zeroed too. "
-                        f"{instead}"
+                        f"the second is {'not pruned' if kept is None else 'pruned otherwise'}, and would be zeroed "
+                        f"too. {instead}"
                     )
 
 
