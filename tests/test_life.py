@@ -101,7 +101,7 @@ class Life(RuleBasedStateMachine):
         ]
         self.masks, self.saved, self.average, self.kept, self.compiled = {}, None, None, None, None
         self.others = []  # copies and originals, with what they were
-        self.steps = 0
+        self.steps = self.compiles = 0
         STATISTICS["examples"] += 1
 
     def count(self, name):
@@ -319,9 +319,11 @@ class Life(RuleBasedStateMachine):
         for module, _ in self.pruned():
             assert torch.equal(module.weight, module.weight_orig * module.weight_mask)
 
+    @precondition(lambda self: self.compiles < 2)  # it takes longer than all else
     @rule()
     def compile(self):
         self.count("compile")
+        self.compiles += 1
         if self.compiled is None:
             torch._dynamo.reset()
             self.compiled = torch.compile(self.model, backend="eager")
