@@ -428,7 +428,7 @@ Life.TestCase.settings = settings(
     stateful_step_count=60 if thorough else 20,
     deadline=None,
     report_multiple_bugs=False,
-    phases=[phase for phase in Phase if phase != Phase.explain],
+    phases=[Phase.generate] if not thorough else [Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
 
