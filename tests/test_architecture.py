@@ -21,7 +21,9 @@ ORDER = [
     "_fingerprints",
     "selection",
     "masks",
+    "_restoring",
     "_obstacles",
+    "_readers",
     "_host",
     "_reduction",
     "_layers",
@@ -34,6 +36,10 @@ ORDER = [
     "_scoring",
     "discovery",
     "lifecycle",
+    "deploy.copying",
+    "deploy.checkpoint",
+    "deploy.zeros",
+    "deploy.freezing",
     "penalties",
     "deploy.container",
     "deploy.encodings",
@@ -67,7 +73,7 @@ ORDER = [
     "__main__",
 ]  # the map of CONTRIBUTING.md, from the ground up; a package's __init__ stands behind its last module
 # _host knows how a module stores masks; the others read the keys of state dicts and of files
-KNOW_THE_HOST = {"_host", "_obstacles", "compensation.reference", "deploy.checkpoint", "deploy.slots"}
+KNOW_THE_HOST = {"_host", "_obstacles", "_readers", "compensation.reference", "deploy.checkpoint", "deploy.slots"}
 HEAVY = ["matplotlib", "torchvision", "sklearn", "numpy.testing", "hypothesis", "tqdm", "torch._dynamo"]
 
 

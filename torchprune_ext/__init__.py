@@ -10,7 +10,11 @@ from torchprune_ext.compensation import (
     prune_in_rounds,
     sparsegpt,
 )
+from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
+from torchprune_ext.deploy.copying import copy_pruned, copyable, refresh
+from torchprune_ext.deploy.freezing import frozen
 from torchprune_ext.deploy.sparse_files import load_sparse, save_sparse
+from torchprune_ext.deploy.zeros import keep_zeros
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
 from torchprune_ext.functional import (
     block_ln,
@@ -75,9 +79,13 @@ __all__ = [
     "bn_scaling",
     "calibration",
     "compensate",
+    "copy_pruned",
+    "copyable",
     "criteria",
+    "dense_state_dict",
     "dense_values",
     "every_other",
+    "frozen",
     "global_block_ln",
     "global_bn_scaling",
     "global_gradient_magnitude",
@@ -89,7 +97,9 @@ __all__ = [
     "global_vector_ln",
     "gradient_magnitude",
     "history",
+    "keep_zeros",
     "kernel_ln",
+    "load_pruned_state_dict",
     "load_sparse",
     "mask_zeros",
     "masks",
@@ -100,6 +110,7 @@ __all__ = [
     "prune_and_compensate",
     "prune_in_rounds",
     "pruned_parameters",
+    "refresh",
     "remove",
     "remove_all",
     "save_sparse",

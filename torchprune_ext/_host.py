@@ -24,10 +24,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torchprune_ext._checks import check_tensor, errors_about, warn
 from torchprune_ext._fingerprints import Fingerprint
 from torchprune_ext._obstacles import masks_by_itself, obstacle, why_not
+from torchprune_ext._readers import compute_when_read, refuse_unseen, store_again
+from torchprune_ext._restoring import all_or_nothing, contents_of, restore
 
-Table = dict[Any, Any] | list[Any] | set[Any]
 PLENTY = 0.05  # share of exact zeros that training does not leave
-Contents = tuple[dict[str, Any], list[tuple[Table, Table]], list[tuple[nn.Parameter, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,6 +156,19 @@ def told(call: str, arguments: Mapping[str, Any]) -> str:
     return f"{call}({', '.join(f'{k}=...' if isinstance(v, hidden) else f'{k}={v!r}' for k, v in arguments.items())})"
 
 
+def product(target: Target) -> Tensor:
+    """Return dense values times mask, as the hook computes it, with its gradient's way back whatever mode is on."""
+    dense, mask = target.parameter, target.mask
+    with torch.inference_mode(False), torch.enable_grad():
+        return dense if mask is None else mask.to(dense.dtype) * dense
+
+
+def renew(target: Target) -> None:
+    """Bring ``module.weight`` up to date; if a parent reads it, for good."""
+    setattr(target.module, target.name, product(target))
+    compute_when_read(target.module)
+
+
 def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -> dict[int, Target]:
     """Find the tensors that ``params`` list, each once, keyed by their places in the list.
 
@@ -180,6 +193,11 @@ def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -
             target = Target.of(*pair)
         found.setdefault((target.module, target.name), (place, target))
     return dict(found.values())
+
+
+def stored_keys(key: str) -> tuple[str, str]:
+    """Return the keys under which a state dict has the dense values and the mask of the pruned tensor ``key``."""
+    return f"{key}_orig", f"{key}_mask"
 
 
 def pruned(model: nn.Module, *, recurse: bool = True) -> Iterator[Target]:
@@ -227,6 +245,32 @@ def _refuse_two_masks(parts: Iterable[tuple[nn.Parameter, Tensor | None, str]]) 
             )
 
 
+def refuse_half_tied(model: nn.Module, targets: Iterable[Target], instead: str) -> None:
+    """Raise ``ValueError`` if making ``targets`` permanent would zero what another holder in ``model`` keeps.
+
+    Args:
+        model: where to look for other holders of the same parameters.
+        targets: pruned targets.
+        instead: what the caller offers instead, a sentence.
+    """
+    wanted: dict[int, list[Target]] = {}
+    for target in targets:
+        wanted.setdefault(id(target.parameter), []).append(target)
+    for path, module in model.named_modules():
+        for holder in targets_in(module):
+            kept = holder.mask
+            for target in wanted.get(id(holder.parameter), []):
+                if target.mask is None or target.mask is kept:
+                    continue
+                lost = (target.mask == 0) & (target.parameter.detach() != 0)
+                if bool((lost if kept is None else lost & (kept != 0)).any()):
+                    raise ValueError(
+                        f"{target.where} and {f'{path}.{holder.name}'.lstrip('.')} are the same parameter (tied), but "
+                        f"the second is {'not pruned' if kept is None else 'pruned otherwise'}, and would be zeroed "
+                        f"too. {instead}"
+                    )
+
+
 def install(
     masks: Sequence[tuple[Target, BasePruningMethod, Tensor]], *, values_change: bool = False
 ) -> list[BasePruningMethod]:
@@ -248,6 +292,7 @@ def install(
         for target, method, mask in masks:
             module, name = target.module, target.name
             method._tensor_name = name
+            refuse_unseen(module)
             if target.stored_name == name:
                 _rename(module, name, f"{name}_orig")
             key, earlier = target.hook()
@@ -263,6 +308,7 @@ def install(
                 module.register_forward_pre_hook(hook)
             else:
                 module._forward_pre_hooks[key] = hook
+            compute_when_read(module)
             hooks.append(hook)
     return hooks
 
@@ -368,12 +414,13 @@ def rewrite(values: Sequence[tuple[Target, Tensor, Tensor | None]]) -> None:
                 setattr(module, name, module.get_buffer(f"{name}_mask").to(dense.dtype) * target.parameter)
 
 
-def uninstall(targets: Sequence[Target], *, keep_masked: bool) -> None:
+def uninstall(targets: Sequence[Target], *, keep_masked: bool, keep_zeros: bool = False) -> None:
     """Turn pruned targets into plain parameters again, or change nothing.
 
     Args:
         targets: pruned targets.
         keep_masked: multiply the parameter by its mask, else leave the dense values.
+        keep_zeros: remember where the mask was 0, see :func:`kept_zeros`.
     """
     if keep_masked:
         _refuse_two_masks((target.parameter, target.mask, target.where) for target in targets)
@@ -381,13 +428,47 @@ def uninstall(targets: Sequence[Target], *, keep_masked: bool) -> None:
     with outside_of_inference(), all_or_nothing(target.module for target in targets):
         for target in targets:
             module, name = target.module, target.name
-            if keep_masked:
-                target.parameter.data = target.weight()
+            if keep_masked and target.mask is not None:
+                target.parameter.data = target.weight().masked_fill_(target.mask == 0, 0)  # 0, and not -0
             _unhook(target)
+            if keep_zeros and target.mask is not None:
+                _remember_zeros(target, target.mask == 0)
             setattr(module, name, target.parameter)  # lets modules that cache their weights, as LSTM does, know
+            store_again(module)
     for entry in (entry for history in histories for entry in history):
         if not keep_masked:
             forget(entry)
+
+
+def kept_zeros(model: nn.Module) -> Iterator[tuple[Target, Tensor]]:
+    """Yield all tensors of ``model`` whose zeros :func:`uninstall` remembered, and where they are.
+
+    That stands in a boolean buffer ``weight_zeros`` beside ``weight``, which is not part of the state dict.
+    """
+    for module in model.modules():
+        for target in targets_in(module):
+            zeros = _zeros(target)
+            if zeros is not None:
+                yield target, zeros
+
+
+def _zeros(target: Target) -> Tensor | None:
+    """Return where zeros are kept, or None."""
+    module, name = target.module, f"{target.name}_zeros"
+    zeros = module._buffers.get(name)
+    ours = zeros is not None and zeros.dtype == torch.bool and name in module._non_persistent_buffers_set
+    return zeros if ours else None
+
+
+def _remember_zeros(target: Target, zeros: Tensor) -> None:
+    """Add ``zeros`` to those that are kept."""
+    module, name, earlier = target.module, f"{target.name}_zeros", _zeros(target)
+    if earlier is None and hasattr(module, name):
+        raise ValueError(
+            f"{target.where}: the module has a {name} of its own, where the zeros to keep are stored. Rename it."
+        )
+    with torch.inference_mode(False):
+        module.register_buffer(name, zeros.clone() if earlier is None else zeros | earlier, persistent=False)
 
 
 @contextmanager
@@ -397,7 +478,7 @@ def as_plain(model: nn.Module) -> Iterator[None]:
     Puts back what each module holds, its mode and pruning included, but no value that is written into a tensor.
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    before = [(module, _contents(module)) for module in modules]
+    before = [(module, contents_of(module)) for module in modules]
     weights: dict[tuple[int, int], nn.Parameter] = {}  # tied tensors stay tied
     try:
         for target in list(pruned(model)):
@@ -407,53 +488,12 @@ def as_plain(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, contents in before:
-            _restore(module, contents)
+            restore(module, contents)
 
 
 def outside_of_inference() -> AbstractContextManager[Any]:
     """Leave inference mode, if it is on, as what is made in it can never be trained."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-
-
-@contextmanager
-def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """On any exception, Ctrl-C too, put ``modules`` back to what they were: tensors, their order, buffers, hooks.
-
-    Does not restore what is written into a tensor, only which tensors there are and what ``data`` they point to.
-    """
-    before = [(module, _contents(module)) for module in dict.fromkeys(modules)]
-    try:
-        yield
-    except BaseException:
-        for module, contents in before:
-            _restore(module, contents)
-        raise
-
-
-def _restore(module: nn.Module, contents: Contents) -> None:
-    """Make ``module`` what it was when ``contents`` were taken from it."""
-    attributes, tables, data = contents
-    _refill(vars(module), attributes)
-    for table, entries in tables:
-        _refill(table, entries)
-    for parameter, values in data:
-        parameter.data = values
-
-
-def _contents(module: nn.Module) -> Contents:
-    """Return the attributes of ``module``, copies of those that are tables, and the data of its parameters."""
-    tables = [value for value in vars(module).values() if isinstance(value, (dict, list, set))]
-    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
-    return dict(vars(module)), [(table, table.copy()) for table in tables], [(p, p.data) for p in parameters]
-
-
-def _refill(table: Table, contents: Table) -> None:
-    """Give ``table`` back its ``contents`` and their order."""
-    table.clear()
-    if isinstance(table, list):
-        table.extend(contents)
-    else:
-        table.update(contents)
 
 
 def _unhook(target: Target) -> None:

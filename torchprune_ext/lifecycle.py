@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from torchprune_ext._checks import check_module, warn
-from torchprune_ext._host import Target, pruned, rest_of, targets_of, uninstall
+from torchprune_ext._host import Target, pruned, refuse_half_tied, rest_of, targets_of, uninstall
 
 
 def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -62,15 +62,18 @@ def history(module: nn.Module, name: str) -> list[str]:
     return target.told()
 
 
-def remove(module: nn.Module, name: str) -> nn.Module:
+def remove(module: nn.Module, name: str, *, keep_zeros: bool = False) -> nn.Module:
     """Make pruning permanent: ``weight`` becomes a plain parameter again, with zeros where it was pruned.
 
     As :func:`torch.nn.utils.prune.remove`, but the order of the parameters stays. The parameter is the same object as
-    before pruning, so optimizers keep it; nothing holds its zeros any more once training goes on.
+    before pruning, so optimizers keep it. Unless they are kept, its zeros change as soon as training goes on. What else
+    holds the parameter (tied weights) is zeroed with it; :func:`remove_all`, which sees the model, refuses that.
 
     Args:
         module: module with a pruned tensor.
         name: the tensor's name without suffix, e.g. ``"weight"``.
+        keep_zeros: remember where the zeros are, in a boolean buffer ``weight_zeros`` that is not in the state dict,
+            for :func:`~torchprune_ext.deploy.zeros.keep_zeros`, which holds them at 0 while an optimizer trains.
 
     Returns:
         The module.
@@ -88,7 +91,7 @@ def remove(module: nn.Module, name: str) -> nn.Module:
         >>> list(dict(layer.named_parameters())), int((layer.weight == 0).sum())
         (['weight', 'bias'], 2)
     """
-    _end([_only(module, name)], keep_masked=True)
+    _end([_only(module, name)], keep_masked=True, keep_zeros=keep_zeros)
     return module
 
 
@@ -122,19 +125,23 @@ def undo(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def remove_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None = None) -> nn.Module:
+def remove_all(
+    model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None = None, *, keep_zeros: bool = False
+) -> nn.Module:
     """Make all pruning in ``model`` permanent, or none on any error; see :func:`remove`.
 
     Args:
         model: any module.
         params: ``(module, name)`` pairs within ``model`` to restrict it to; by default everything that is pruned.
+        keep_zeros: as in :func:`remove`.
 
     Returns:
         The model.
 
     Raises:
         TypeError: ``model`` is no module, or a pair is no pair of a module and a string.
-        ValueError: nothing is pruned, or a pair is not pruned or not in the model.
+        ValueError: nothing is pruned, a pair is not pruned or not in the model, or another module of the model shares
+            a parameter and would be zeroed with it (tied weights).
 
     Example:
         >>> from torchprune_ext import every_other
@@ -142,7 +149,14 @@ def remove_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None 
         >>> list(remove_all(model).state_dict())
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
-    _end(_all(model, params), keep_masked=True)
+    targets = _all(model, params)
+    refuse_half_tied(
+        model,
+        targets,
+        "Prune both by one global call that lists both, or untie them first: "
+        "module.weight_orig = nn.Parameter(module.weight_orig.detach().clone()).",
+    )
+    _end(targets, keep_masked=True, keep_zeros=keep_zeros)
     return model
 
 
@@ -170,7 +184,7 @@ def undo_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None = 
     return model
 
 
-def _end(targets: list[Target], *, keep_masked: bool) -> None:
+def _end(targets: list[Target], *, keep_masked: bool, keep_zeros: bool = False) -> None:
     """Uninstall the pruning of ``targets``, and warn of what a user would not expect of that."""
     written = [target.where for target in targets if _was_written(target)]
     if written:
@@ -184,7 +198,7 @@ def _end(targets: list[Target], *, keep_masked: bool) -> None:
             f"undo of {'; '.join(target.where for target in targets)}: pruned as one with it, and still pruned, are "
             f"{'; '.join(rest)}. Undo these too, or all at once by undo_all(model)."
         )
-    uninstall(targets, keep_masked=keep_masked)
+    uninstall(targets, keep_masked=keep_masked, keep_zeros=keep_zeros)
 
 
 def _was_written(target: Target) -> bool:

@@ -12,18 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_ext._checks import check_module, warn
-from torchprune_ext._host import (
-    Target,
-    all_or_nothing,
-    install,
-    pruned,
-    remember_dense,
-    rewrite,
-    targets_of,
-    warn_of_zeros,
-)
+from torchprune_ext._host import Target, install, pruned, remember_dense, rewrite, targets_of, warn_of_zeros
 from torchprune_ext._layers import Layer, Solution
 from torchprune_ext._loading import Options, taken, with_progress
+from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._runs import calibrating, wide
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.reference import Dense, reference_tables

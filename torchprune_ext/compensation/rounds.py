@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from torchprune_ext._checks import check_whole, errors_about
-from torchprune_ext._host import Target, all_or_nothing
+from torchprune_ext._host import Target
 from torchprune_ext._loading import Options, with_progress
+from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.calls import Sparsity, goals_of
 from torchprune_ext.compensation.fitting import Fits, Task, tell

@@ -20,8 +20,9 @@ from torchprune_ext._checks import (
     resolve_amount,
     warn,
 )
-from torchprune_ext._host import Target, all_or_nothing, as_one, install, targets_of, warn_of_zeros
+from torchprune_ext._host import Target, as_one, install, targets_of, warn_of_zeros
 from torchprune_ext._ranks import Ranks
+from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._scoring import tied_at
 from torchprune_ext._statistics import check_kind
 from torchprune_ext.masks import entry_mask

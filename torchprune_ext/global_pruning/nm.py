@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from torchprune_ext._checks import check_whole, errors_about
-from torchprune_ext._host import all_or_nothing, warn_of_zeros
+from torchprune_ext._host import warn_of_zeros
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._reduction import reduction_axis
+from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext.global_pruning.budget import (
     Budget,
     Listed,

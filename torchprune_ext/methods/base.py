@@ -28,7 +28,8 @@ class Method(BasePruningMethod):
 
     def __repr__(self) -> str:
         """Return the call that made this, e.g. ``KernelLn(amount=0.3, n=2)``."""
-        return told(type(self).__name__, {key: value for key, value in vars(self).items() if key[0] != "_"})
+        shown = {key: value for key, value in vars(self).items() if key[0] != "_" and key != "apply_mask"}
+        return told(type(self).__name__, shown)  # apply_mask is that of a frozen scope
 
     @classmethod
     def apply(
