@@ -66,7 +66,7 @@ def batches(texts: list[str], tokenizer: Any) -> list[Batch]:
 
 
 def counted(batch: Batch) -> Tensor:
-    """Return which tokens are no padding."""
+    """Return which tokens are not padding."""
     return batch["attention_mask"].bool()
 
 

@@ -204,3 +204,15 @@ def test_layers_at_their_floor_are_warned_of():
     small, large = nn.Linear(20, 20), nn.Linear(20, 20)
     small.weight.data *= 0.001
     tpe.global_unstructured(weights(small, large), amount=0.6, min_keep=0.3)  # a floor that was chosen to be one
+
+
+@pytest.mark.parametrize("how", [prune.l1_unstructured, lambda m, n, amount: tpe.global_unstructured([(m, n)], amount)])
+def test_what_was_pruned_is_positive_zero_afterwards_even_if_it_was_not_a_number(how):
+    layer = nn.Linear(6, 4)
+    how(layer, "weight", amount=0.5)
+    with torch.no_grad():
+        layer.weight_orig[layer.weight_mask == 0] = torch.tensor([-1.0, float("nan"), -float("inf")]).repeat(4)
+    gone = layer.weight_mask == 0
+    tpe.remove(layer, "weight")
+    assert not layer.weight[gone].any()
+    assert not layer.weight[gone].signbit().any()

@@ -173,7 +173,7 @@ def targets_of(params: Iterable[tuple[nn.Module, str]], param: str = "params") -
     """Find the tensors that ``params`` list, each once, keyed by their places in the list.
 
     Raises:
-        TypeError: ``params``, the caller's ``param``, is no iterable of pairs, or as :meth:`Target.of`.
+        TypeError: ``params``, the caller's ``param``, is not an iterable of pairs, or as :meth:`Target.of`.
         ValueError: as :meth:`Target.of`.
     """
     if isinstance(params, nn.Module) or not isinstance(params, Iterable):

@@ -46,7 +46,7 @@ class Run:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for (module, name), tensor in zip(self.keys, self.tensors, strict=True):
             if id(tensor) not in names:
-                raise ValueError(f"params holds {type(module).__name__}.{name}, which is no part of the model.")
+                raise ValueError(f"params holds {type(module).__name__}.{name}, which is not a part of the model.")
         self.names = [names[id(tensor)] for tensor in self.tensors]
         self.ranks = Ranks(options.get("process_group"))
         self.vectorized, self.reached, self.rehearsed = True, False, 0
@@ -86,7 +86,7 @@ class Run:
         return check_loss(self.loss_fn(self.output(batch.inputs), targets))
 
     def check_samples(self, batch: Batch) -> None:
-        """Refuse, once, tensors that the loss does not depend on, and a loss that is no mean over single samples."""
+        """Refuse, once, tensors that the loss does not depend on, and a loss that is not a mean over single samples."""
         if not self.reached:
             self.grads(self._loss(batch))  # torch.func would give zeros for them
             self.reached = True

@@ -19,7 +19,7 @@ def gradient_scores(target: Target, grad: Tensor | None) -> Scores:
     """Return the scores of ``target`` by ``grad``, or by the gradient that its parameter holds.
 
     Raises:
-        TypeError: ``grad`` is no real floating point tensor.
+        TypeError: ``grad`` is not a real floating point tensor.
         ValueError: there is no gradient, or it has another shape, or is not finite.
     """
     if grad is None:
@@ -37,7 +37,7 @@ def obd_scores(target: Target, hessian_diag: Tensor) -> Scores:
     """Return the scores of ``target`` by its fresh weights and ``hessian_diag``.
 
     Raises:
-        TypeError: ``hessian_diag`` is no real floating point tensor.
+        TypeError: ``hessian_diag`` is not a real floating point tensor.
         ValueError: it has another shape, or it, the weights or the saliencies are not finite.
     """
     hessian_diag = _on(target, "hessian_diag", hessian_diag)

@@ -169,7 +169,7 @@ def bn_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, nn.
         output (``bn(y) + y``) is not noticed.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         Exception: whatever the model raises.
 
     Example:

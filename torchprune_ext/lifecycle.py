@@ -19,7 +19,7 @@ def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         without suffix, e.g. ``"weight"``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
 
     Example:
         >>> from torch.nn.utils import prune
@@ -82,7 +82,7 @@ def remove(module: nn.Module, name: str, *, keep_zeros: bool = False) -> nn.Modu
         UserWarning: ``weight`` was written to since the last forward, as merging an adapter (LoRA) does, which is lost.
 
     Raises:
-        TypeError: ``module`` is no module or ``name`` no string.
+        TypeError: ``module`` is not a module or ``name`` not a string.
         ValueError: the tensor is not pruned.
 
     Example:
@@ -110,7 +110,7 @@ def undo(module: nn.Module, name: str) -> nn.Module:
             and :func:`.global_bn_scaling`, the other places of a tied tensor) stay pruned; or as :func:`remove`.
 
     Raises:
-        TypeError: ``module`` is no module or ``name`` no string.
+        TypeError: ``module`` is not a module or ``name`` not a string.
         ValueError: the tensor is not pruned.
 
     Example:
@@ -139,7 +139,7 @@ def remove_all(
         The model.
 
     Raises:
-        TypeError: ``model`` is no module, or a pair is no pair of a module and a string.
+        TypeError: ``model`` is not a module, or a pair is not a pair of a module and a string.
         ValueError: nothing is pruned, a pair is not pruned or not in the model, or another module of the model shares
             a parameter and would be zeroed with it (tied weights).
 
@@ -171,7 +171,7 @@ def undo_all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None = 
         The model.
 
     Raises:
-        TypeError: ``model`` is no module, or a pair is no pair of a module and a string.
+        TypeError: ``model`` is not a module, or a pair is not a pair of a module and a string.
         ValueError: nothing is pruned, or a pair is not pruned or not in the model.
 
     Example:
@@ -238,7 +238,7 @@ def _all(model: nn.Module, params: Iterable[tuple[nn.Module, str]] | None) -> li
         _only(target.module, target.name)
         if (target.module, target.name) not in found:
             raise ValueError(
-                f"params holds {target.where}, which is no part of the model {type(model).__name__}. "
+                f"params holds {target.where}, which is not a part of the model {type(model).__name__}. "
                 "Pass pairs of modules within the model."
             )
     return targets

@@ -160,7 +160,7 @@ def synflow(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: ``target_sparsity`` is no fraction, or the output does not depend on one of the tensors.
+        ValueError: ``target_sparsity`` is not a fraction, or the output does not depend on one of the tensors.
 
     Source: Tanaka, Kunin, Yamins & Ganguli 2020, *Pruning neural networks without any data by iteratively conserving
     synaptic flow*, arXiv:2006.05467, algorithm 1.

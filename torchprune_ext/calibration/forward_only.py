@@ -172,7 +172,7 @@ def random(params: Iterable[Key], *, generator: torch.Generator | None = None) -
         Scores uniform in [0, 1).
 
     Raises:
-        TypeError: ``params`` is no iterable of pairs.
+        TypeError: ``params`` is not an iterable of pairs.
         ValueError: a pair does not name a parameter.
 
     Example:
