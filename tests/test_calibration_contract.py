@@ -83,7 +83,7 @@ def test_bad_arguments_are_refused_by_name(call):
     for arguments, options, error, message in (
         ((model, params), {"max_batches": 0}, ValueError, "max_batches=0"),
         ((model, params), {"batches": 2}, TypeError, "unknown arguments.*batches"),
-        ((model, [(other, "weight")]), {}, ValueError, "no part of the model"),
+        ((model, [(other, "weight")]), {}, ValueError, "not a part of the model"),
         ((model, []), {}, ValueError, "lists no tensor"),
         (("model", params), {}, TypeError, "Pass a torch.nn.Module"),
     ):
