@@ -7,6 +7,7 @@ tensor, the parameter, its value, the reason and the remedy, and no function car
 
 import math
 import numbers
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,20 @@ def warn(message: str) -> None:
     while frame.f_back is not None and Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def leave_out(tensor: str) -> str:
+    """Return the remedy for a ``tensor``, called by its path, that a call cannot take: how to list the others.
+
+    Example:
+        >>> leave_out("layers.0.mlp.gate.weight")
+        "Leave it out, e.g. by prunable_parameters(model, exclude='layers.*.mlp.gate')"
+    """
+    path = tensor.rpartition(".")[0]
+    if not path:
+        return "Leave it out"  # a tensor of the model itself
+    pattern = re.sub(r"(?<![^.])\d+(?=\.)", "*", path)  # in all layers of a stack
+    return f"Leave it out, e.g. by prunable_parameters(model, exclude={pattern!r})"
 
 
 def check_module(param: str, module: nn.Module) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from torchprune_ext._checks import leave_out
+
 Solution = tuple[Tensor, Tensor | None]  # a weight and, if there is one, a bias, in the module's shapes
 Multiply = Callable[..., Tensor]  # from a Solution, by default the module's own, to the product with the input
 OnProduct = Callable[[Tensor, Multiply], Tensor]  # from an input and how to multiply it to the output
@@ -44,7 +46,7 @@ class Layer:
         if weight.dim() < 2 or (self.convolution and not isinstance(module, (nn.Conv1d, nn.Conv2d))):
             raise self.not_linear()
         if not weight.numel():
-            raise ValueError(f"params holds {self.label}, which has no entries. Leave it out.")
+            raise ValueError(f"params holds {self.label}, which has no entries. {leave_out(self.label)}.")
         bias = getattr(module, "bias", None)
         self.bias = bias.detach() if isinstance(bias, Tensor) else None
         for values in (weight, *(() if self.bias is None else (self.bias,))):
@@ -98,7 +100,7 @@ class Layer:
             if len(given) != 1 or not isinstance(given[0], Tensor):
                 raise TypeError(
                     f"params holds {self.label}, whose module is called with {len(given)} arguments and not, as Linear "
-                    "is, with one tensor. Leave it out."
+                    f"is, with one tensor. {leave_out(self.label)}."
                 )
             return on_product(given[0], partial(self.forward, given[0]))
         with _Intercepting(self, on_product) as intercepting:
@@ -151,7 +153,7 @@ class Layer:
         """Return the error for a module that does something else."""
         return TypeError(
             f"params holds {self.label}, whose module is a {type(self.module).__name__}, which does not multiply with "
-            "its weight as Linear, Conv1d or Conv2d does. Leave it out."
+            f"its weight as Linear, Conv1d or Conv2d does. {leave_out(self.label)}."
         )
 
     def inputs(self, x: Tensor) -> Tensor:

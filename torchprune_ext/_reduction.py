@@ -31,7 +31,7 @@ def reduction_axis(target: Target) -> tuple[int, int]:
         )
     if isinstance(module, _ConvTransposeNd):
         return 0, module.groups
-    if isinstance(module, _ConvNd) or _is_of_torch(module):
+    if isinstance(module, _ConvNd) or is_of_torch(module):
         return 1, 1
     if len(shape) > 2:
         raise ValueError(
@@ -48,7 +48,7 @@ def reduction_axis(target: Target) -> tuple[int, int]:
     return 1 if axis is None else axis, 1
 
 
-def _is_of_torch(module: nn.Module) -> bool:
+def is_of_torch(module: nn.Module) -> bool:
     """Return whether ``module`` computes as a layer of torch does, whoever has subclassed it or wrapped its forward."""
     forward = getattr(type(module), "forward", None)
     return forward is not nn.Module.forward and str(getattr(forward, "__module__", "")).startswith("torch.nn.modules.")

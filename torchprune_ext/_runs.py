@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchprune_ext._batches import Batch, is_leaf, tree_map
-from torchprune_ext._checks import check_finite, check_module
+from torchprune_ext._checks import check_finite, check_module, leave_out
 from torchprune_ext._host import Target, as_plain, targets_of
 from torchprune_ext._loading import Options, check_options, read, with_progress
 from torchprune_ext._ranks import Ranks
@@ -139,7 +139,7 @@ class Run:
         names = self.names if tensors is None else dict.fromkeys(self.names)
         for name, gradient in zip(names, found, strict=True):
             if gradient is None:
-                raise ValueError(f"params holds {name}, which the loss does not depend on. Leave it out.")
+                raise ValueError(f"params holds {name}, which the loss does not depend on. {leave_out(name)}.")
         return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in found]
 
     def differentiable_grads(self, batch: Batch) -> list[Tensor]:

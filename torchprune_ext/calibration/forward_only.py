@@ -10,10 +10,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import Unpack
 
 from torchprune_ext._batches import Batch, check_mask, mask_rows
-from torchprune_ext._checks import warn
+from torchprune_ext._checks import leave_out, warn
 from torchprune_ext._host import Target, targets_of
 from torchprune_ext._layers import Layer
 from torchprune_ext._loading import Options
+from torchprune_ext._reduction import is_of_torch
 from torchprune_ext._rows import find_sample_axes, hooked
 from torchprune_ext._runs import calibrating, wide
 from torchprune_ext._statistics import ImportanceScores, Key
@@ -33,7 +34,7 @@ def activations(
         loader: batches, see :class:`.Options`; targets are not used, and bare tensors do.
         params: ``(module, name)`` pairs of the weights of ``Linear`` layers, convolutions, and modules of other types
             that multiply as ``Linear`` does, as ``Conv1D`` of the transformers library with its
-            ``(inputs, outputs)``; a probe tells.
+            ``(inputs, outputs)``; a probe tells, also of a subclass of ``Linear`` with a forward of its own.
         **options: see :class:`.Options`. ``sample_mask`` leaves padding out, which counts otherwise.
 
     Returns:
@@ -96,7 +97,7 @@ def _check_rows(name: str, rows: int, width: int, *, dead: bool) -> None:
         raise ValueError(
             f"params holds {name}, which no data reached: its module is never called, as when its parent reads the "
             "weight, or no row came to it, as to an expert that no token is routed to, or sample_mask leaves none. "
-            "Leave it out, or pass more data."
+            f"{leave_out(name)}, or pass more data."
         )
     if dead:
         warn(f"activations: all inputs of {name} are 0, so all of its scores are.")
@@ -116,7 +117,8 @@ class _Inputs:
             )
         self.rows, self.width, self.squares = 0, 0, torch.zeros(())
         self.conv = 1 - weight.dim() if isinstance(target.module, _ConvNd) else None  # the axis of its channels
-        known = isinstance(target.module, (nn.Linear, _ConvNd))
+        plain = isinstance(target.module, nn.Linear) and is_of_torch(target.module)  # others may change what comes in
+        known = plain or isinstance(target.module, _ConvNd)
         self.probed = None if known else Layer(target.module, target.name, label)
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch | None, axis: list[int] | None) -> None:

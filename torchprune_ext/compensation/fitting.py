@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprune_ext._checks import check_module, warn
+from torchprune_ext._checks import check_module, leave_out, warn
 from torchprune_ext._host import Target, install, pruned, remember_dense, rewrite, targets_of, warn_of_zeros
 from torchprune_ext._layers import Layer, Solution
 from torchprune_ext._loading import Options, taken, with_progress
@@ -238,7 +238,7 @@ def _targets(model: nn.Module, params: Iterable[Key]) -> list[Target]:
         if [each.module for each in found.values()].count(target.module) > 1:
             raise TypeError(
                 f"params[{place}], {target.where}, is one of several tensors of its module, which therefore does not "
-                "multiply as Linear does. Leave them out."
+                f"multiply as Linear does. {leave_out(names[0])}."
             )
         if target.mask is not None and not ((target.mask == 0) | (target.mask == 1)).all():
             raise ValueError(
@@ -247,7 +247,7 @@ def _targets(model: nn.Module, params: Iterable[Key]) -> list[Target]:
         if len(names) > 1:
             raise ValueError(
                 f"params[{place}], {target.where}, is tied: {' and '.join(names)} would have to make up for different "
-                "errors. Leave it out, or untie it."
+                "errors. Leave it out, as prunable_parameters(model, tied=False) does, or untie it."
             )
     return list(found.values())
 

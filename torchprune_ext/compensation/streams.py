@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from torchprune_ext._batches import Batch, check_mask, mask_rows
+from torchprune_ext._checks import leave_out
 from torchprune_ext._layers import Layer, Multiply, Solution
 from torchprune_ext._rows import MIXED, Seen, sample_axis, seen
 from torchprune_ext._runs import Run
@@ -131,7 +132,7 @@ class Pass:
             if layer not in once:
                 raise ValueError(
                     f"params holds {layer.label}, whose module is never called on this data, as an expert that no "
-                    "token is routed to, or as when its parent reads the weight. Leave it out."
+                    f"token is routed to, or as when its parent reads the weight. {leave_out(layer.label)}."
                 )
         for table, old in before:
             changed = [key for key, value in table.items() if isinstance(value, Tensor) and value is not old.get(key)]
@@ -153,7 +154,7 @@ class Pass:
                 raise ValueError(
                     f"{layer.label} gets an input of shape {tuple(shape)}, and of another when the listed weights are "
                     "zero: which samples reach it depends on the weights, as with the experts of a mixture, so the "
-                    "dense and the pruned model disagree about them. Leave it out."
+                    f"dense and the pruned model disagree about them. {leave_out(layer.label)}."
                 )
         if sample_axes:
             try:
@@ -175,7 +176,7 @@ class Pass:
 
         def look(layer: Layer, x: Tensor, multiply: Multiply) -> Tensor:
             if layer in found:
-                raise ValueError(f"{layer.label} is called more than once in a pass. Leave it out.")
+                raise ValueError(f"{layer.label} is called more than once in a pass. {leave_out(layer.label)}.")
             y = multiply((torch.zeros_like(layer.weight), layer.bias)) if zero else multiply()
             if not zero:
                 with torch.autocast(x.device.type, enabled=False):
@@ -196,7 +197,8 @@ class Pass:
         if x.dim() != y.dim() or x.shape[0] != y.shape[0] or (not layer.convolution and x.shape[:-1] != y.shape[:-1]):
             raise ValueError(
                 f"{layer.label} gets an input of shape {tuple(x.shape)} in the pruned model, and gives an output of "
-                f"shape {tuple(y.shape)} in the dense one, so their rows do not belong together. Leave it out."
+                f"shape {tuple(y.shape)} in the dense one, so their rows do not belong together. "
+                f"{leave_out(layer.label)}."
             )
         if not len(x):
             return
@@ -218,7 +220,8 @@ class Pass:
             raise ValueError(
                 "sample_mask leaves out every sample. Let it be True where a sample counts."
                 if masked
-                else f"params holds {layer.label}, which no row of data reaches. Leave it out, or pass more data."
+                else f"params holds {layer.label}, which no row of data reaches. {leave_out(layer.label)}, or pass "
+                "more data."
             )
         if not all(total.isfinite().all() for total in moments.sums):
             raise ValueError(
