@@ -265,7 +265,7 @@ BAD = {
     "prefixed": (
         lambda model: {f"module.{k}": v for k, v in model.state_dict().items()},
         ValueError,
-        "near misses.*module.0.bias",
+        r"names begin with .module\.",
     ),
     "NaN": (
         lambda model: {**model.state_dict(), "0.weight": torch.full((64, 32), float("nan"))},

@@ -58,6 +58,9 @@ class Fingerprint:
         return self.shape == now.shape and all(close)
 
 
+LOST = Fingerprint((), (math.nan,) * NUMBERS, 0.0, 0.0)  # of values that are gone: no tensor matches it
+
+
 @lru_cache(maxsize=1)
 def _directions() -> Tensor:
     """Return the directions, ``(LENGTH, NUMBERS)``: the same everywhere."""

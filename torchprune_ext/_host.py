@@ -22,7 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from torchprune_ext._checks import check_tensor, errors_about, warn
-from torchprune_ext._fingerprints import Fingerprint
+from torchprune_ext._fingerprints import LOST, Fingerprint
 from torchprune_ext._obstacles import masks_by_itself, obstacle, why_not
 from torchprune_ext._readers import compute_when_read, refuse_unseen, store_again
 from torchprune_ext._restoring import all_or_nothing, contents_of, restore
@@ -296,8 +296,9 @@ def install(
             if target.stored_name == name:
                 _rename(module, name, f"{name}_orig")
             key, earlier = target.hook()
-            if _dense_fingerprint(target) is None and not changed_since_pruned(target):
-                vars(method)["_dense"] = Fingerprint.of(target.parameter)
+            if _dense_fingerprint(target) is None:  # native methods leave none, and a new mask hides traces of training
+                lost = changed_since_pruned(target)
+                vars(method)["_dense"] = LOST if lost else Fingerprint.of(target.parameter)
             if earlier is not None and not news:
                 hook = earlier
             else:

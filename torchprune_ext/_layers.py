@@ -138,7 +138,7 @@ class Layer:
             y, inputs = self.outputs(self.forward(probe, (weight, self.bias))), self.inputs(probe)
         except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise self.not_linear() from error
-        for swapped in (False, True):
+        for swapped in (False, True) if weight.dim() == 2 else (False,):
             self.swapped = swapped
             matrix = self.matrix(weight)
             if matrix.shape[1:] == (y.shape[2], inputs.shape[2]):

@@ -236,7 +236,7 @@ def calibrating(
         check_options(options)
         if loss_fn is not None:
             _check_loss_options(loss_fn, options)
-        _refuse_lazy(model)
+        refuse_lazy(model)
         stack.enter_context(torch.random.fork_rng() if options.get("keep_rng") else nullcontext())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -249,9 +249,7 @@ def calibrating(
             raise ValueError(
                 "params=[] lists no tensor. Pass (module, name) pairs, e.g. of prunable_parameters(model)."
             )
-        stack.enter_context(as_plain(model))
-        written = _Written(model)  # the masks are none of its buffers now
-        stack.callback(written.restore)
+        written = stack.enter_context(left_as_it_was(model))
         model.eval()
         run = Run(model, [Target.of(target.module, target.name) for target in targets], options, loss_fn)
         run.written = written
@@ -263,6 +261,17 @@ def calibrating(
         finally:
             for tensor, flag in flags:
                 tensor.requires_grad_(flag)
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator["_Written"]:
+    """Let pruned tensors be plain, and put back at the end what modules hold and what a forward writes into."""
+    with as_plain(model):
+        written = _Written(model)  # the masks are none of its buffers now
+        try:
+            yield written
+        finally:
+            written.restore()
 
 
 def _no_loss(output: Any, targets: Any) -> Tensor:
@@ -280,13 +289,13 @@ def _check_loss_options(loss_fn: LossFn, options: Options) -> None:
         )
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def refuse_lazy(model: nn.Module) -> None:
     """Raise ``ValueError`` if a module has tensors without shape, which its first forward would make."""
     for name, module in model.named_modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if is_lazy(tensor):
                 raise ValueError(
-                    f"model.{name}, a {type(module).__name__}, has no shape yet. Run one forward first, then calibrate."
+                    f"model.{name}, a {type(module).__name__}, has no shape yet. Run one forward first, then this."
                 )
 
 

@@ -13,7 +13,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from torchprune_ext._checks import check_module, warn
-from torchprune_ext._host import Target, pruned, targets_in
+from torchprune_ext._host import Target, targets_in
+from torchprune_ext._runs import left_as_it_was, refuse_lazy
 
 NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # whose weight is not a factor of a product
 
@@ -170,6 +171,7 @@ def bn_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, nn.
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: a lazy layer of the model has no shape yet.
         Exception: whatever the model raises.
 
     Example:
@@ -178,6 +180,7 @@ def bn_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, nn.
         True
     """
     check_module("model", model)
+    refuse_lazy(model)
     made: dict[int, tuple[Tensor, int, nn.Module]] = {}  # holds the tensors, so that no id is used twice
     pairs: dict[tuple[nn.Module, nn.Module], None] = {}
 
@@ -195,7 +198,6 @@ def bn_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, nn.
             pairs[layer, module] = None
 
     training = {module: module.training for module in model.modules()}
-    products = [(vars(target.module), target.name, vars(target.module).get(target.name)) for target in pruned(model)]
     hooks = []
     try:
         for module in training:
@@ -204,7 +206,7 @@ def bn_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, nn.
             elif isinstance(module, (nn.Linear, _ConvNd)):
                 hooks.append(module.register_forward_hook(remember))
         model.eval()
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(), left_as_it_was(model):
             if isinstance(example_inputs, Mapping):
                 model(**example_inputs)
             elif isinstance(example_inputs, (tuple, list)):
@@ -216,8 +218,6 @@ def bn_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, nn.
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-        for attributes, name, product in products:  # the forward pass has made new ones, without gradients
-            attributes[name] = product
 
     layers, norms = [layer for layer, _ in pairs], [bn for _, bn in pairs]
     single = [(layer, bn) for layer, bn in pairs if layers.count(layer) == norms.count(bn) == 1]

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from torchprune_ext._batches import Batch, check_mask, mask_rows
 from torchprune_ext._checks import leave_out, warn
 from torchprune_ext._host import Target, targets_of
-from torchprune_ext._layers import Layer
+from torchprune_ext._layers import Layer, Multiply
 from torchprune_ext._loading import Options
 from torchprune_ext._reduction import is_of_torch
 from torchprune_ext._rows import find_sample_axes, hooked
@@ -117,8 +117,7 @@ class _Inputs:
             )
         self.rows, self.width, self.squares = 0, 0, torch.zeros(())
         self.conv = 1 - weight.dim() if isinstance(target.module, _ConvNd) else None  # the axis of its channels
-        plain = isinstance(target.module, nn.Linear) and is_of_torch(target.module)  # others may change what comes in
-        known = plain or isinstance(target.module, _ConvNd)
+        known = isinstance(target.module, (nn.Linear, _ConvNd)) and is_of_torch(target.module)
         self.probed = None if known else Layer(target.module, target.name, label)
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch | None, axis: list[int] | None) -> None:
@@ -130,8 +129,8 @@ class _Inputs:
             batch: the batch that goes through the model.
             axis: the axis of its samples in the input, if some do not count.
         """
-        x = [*args, *kwargs.values()][0] if self.probed is None else self.probed.call(lambda x, _: x, *args, **kwargs)
-        x = x.detach()
+        given = [*args, *kwargs.values()][0] if self.probed is None else self._multiplied(self.probed, args, kwargs)
+        x = given.detach()
         if not self.rows and self.probed is not None and x.numel():
             with torch.autocast(x.device.type, enabled=False):
                 self.probed.check(x)
@@ -142,6 +141,17 @@ class _Inputs:
         found = x.to(wide(x.dtype)).square().sum(0)
         self.squares = found if not self.width else self.squares + found
         self.rows, self.width = self.rows + len(x), x.shape[-1]
+
+    def _multiplied(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return what the weight multiplies in a call of a layer that may do more around it."""
+        found: list[Tensor] = []
+
+        def product(x: Tensor, multiply: Multiply) -> Tensor:
+            found.append(x)
+            return multiply() if layer.convolution else x  # what is around a convolution goes on with its output
+
+        layer.call(product, *args, **kwargs)
+        return torch.cat(found)
 
     def _counting(self, x: Tensor, mask: Tensor, axis: list[int]) -> Tensor:
         """Return the rows of ``x``, whose last axis holds the features, that count."""

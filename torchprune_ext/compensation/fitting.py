@@ -189,9 +189,10 @@ class Task:
         listed = {(target.module, target.name) for target in self.targets}
         others = [t.where for t in pruned(self.model) if t.name != "bias" and (t.module, t.name) not in listed]
         if not self.whole and others and all(fit.before <= 1e-6 for fit in fits.values()):
+            more = f" and {len(others) - 1} more" * (len(others) > 1)
             warn(
-                f"nothing was off in any of the {len(fits)} layers: what is pruned but not listed, {others[0]} and "
-                f"{len(others) - 1} more, is pruned in the reference model too. List it as well, or pass dense=."
+                f"nothing was off in any of the {len(fits)} layers: what is pruned but not listed, {others[0]}{more}, "
+                "is pruned in the reference model too. List it as well, or pass dense=."
             )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchprune_ext._checks import check_module
 from torchprune_ext._fingerprints import Fingerprint
 from torchprune_ext._host import Target, changed_since_pruned, plain_entries, pruned, targets_of
+from torchprune_ext._runs import refuse_lazy
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.streams import Tables
 
@@ -37,6 +38,7 @@ class DenseValues:
     others: dict[str, Fingerprint]
 
 
+WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and its like; of torch.compile
 Dense = nn.Module | Mapping[str, Tensor] | DenseValues
 
 
@@ -69,6 +71,7 @@ def dense_values(model: nn.Module, params: Iterable[Key]) -> DenseValues:
         ...     fits = tpe.compensate(model, data, params, dense=dense, progress=False)
     """
     check_module("model", model)
+    refuse_lazy(model)
     targets = list(targets_of(params).values())
     refuse_changed(targets)
     listed = {(module, key): value for module, key, value in _under_masks(targets) if value is not None}
@@ -189,6 +192,18 @@ def _refuse_other_names(needed: set[str], known: set[str], given: Iterable[str])
     if not (unknown or missing):
         return
     masks = [name for name in unknown if name.endswith(("_orig", "_mask"))]
+    for wrapper in WRAPPERS if missing else ():
+        if needed <= {name.removeprefix(wrapper) for name in names}:
+            raise ValueError(
+                f"dense is of the wrapped model: its names begin with {wrapper!r}. Pass dense="
+                f"{{name.removeprefix({wrapper!r}): value for name, value in dense.items()}} of a state dict, and of a "
+                "module the one that is wrapped."
+            )
+        if {name.removeprefix(wrapper) for name in needed} <= names:
+            raise ValueError(
+                f"dense is of the model inside, but this one is wrapped: its names begin with {wrapper!r}. Pass the "
+                "model inside as model, or wrap dense as well."
+            )
     near = {name: match[0] for name in unknown[:5] if (match := get_close_matches(name, missing or known, 1))}
     raise ValueError(
         f"dense does not fit the model: it lacks {missing[:5]} ({len(missing)} names) and has {unknown[:5]} "
