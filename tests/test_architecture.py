@@ -120,6 +120,12 @@ def test_the_map_names_nothing_that_is_not_there():
     assert set(ORDER) == {name_of(path) for path in MODULES if path.name != "__init__.py"}
 
 
+def test_the_table_for_contributors_is_the_map():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text, flags=re.MULTILINE)
+    assert named == list(dict.fromkeys(name.partition(".")[0] for name in ORDER))
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_arguments_are_not_checked_by_assert(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
