@@ -350,3 +350,21 @@ def test_fingerprints_do_not_depend_on_memory():
     assert taken.matches(values.half())
     assert not Fingerprint.of(values[:1]).matches(values[1:2])
     assert Fingerprint.of(torch.zeros(0)).matches(torch.zeros(0))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_undo_after_a_fit_says_that_it_does_not_bring_the_dense_model_back(loop):
+    model, params, dense = fresh()
+    LOOPS[loop](model, params, 0.6, None)
+    clone = torch.load(_saved(model), weights_only=False)
+    with pytest.warns(UserWarning, match=r"re-fitted.*from before pruning"):
+        tpe.undo_all(clone)
+    with pytest.warns(UserWarning, match="re-fitted"):
+        tpe.undo(model[0], "weight")
+
+
+def test_undo_without_a_fit_is_silent():
+    model, params, dense = fresh()
+    tpe.global_unstructured(params, target_sparsity=0.6)
+    tpe.undo_all(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))

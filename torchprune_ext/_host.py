@@ -413,6 +413,13 @@ def rewrite(values: Sequence[tuple[Target, Tensor, Tensor | None]]) -> None:
                 module.bias = nn.Parameter(_trainable(bias), requires_grad=target.parameter.requires_grad)
             if f"{name}_mask" in module._buffers:  # its hook may be lost
                 setattr(module, name, module.get_buffer(f"{name}_mask").to(dense.dtype) * target.parameter)
+            for method in target.history()[-1:]:
+                vars(method)["_refitted"] = True
+
+
+def was_refitted(target: Target) -> bool:
+    """Return whether survivors of a pruned target have new values that do not go with those under its mask."""
+    return any(getattr(method, "_refitted", False) for method in target.history())
 
 
 def uninstall(targets: Sequence[Target], *, keep_masked: bool, keep_zeros: bool = False) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from torchprune_ext._checks import check_module, warn
-from torchprune_ext._host import Target, pruned, refuse_half_tied, rest_of, targets_of, uninstall
+from torchprune_ext._host import Target, pruned, refuse_half_tied, rest_of, targets_of, uninstall, was_refitted
 
 
 def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -197,6 +197,11 @@ def _end(targets: list[Target], *, keep_masked: bool, keep_zeros: bool = False) 
         warn(
             f"undo of {'; '.join(target.where for target in targets)}: pruned as one with it, and still pruned, are "
             f"{'; '.join(rest)}. Undo these too, or all at once by undo_all(model)."
+        )
+    if not keep_masked and (mixed := [target.where for target in targets if was_refitted(target)]):
+        warn(
+            f"undo of {'; '.join(mixed)}: the survivors were re-fitted to make up for what now comes back, so this is "
+            "not the dense model. To have that, load a copy or a state dict from before pruning."
         )
     uninstall(targets, keep_masked=keep_masked, keep_zeros=keep_zeros)
 
