@@ -354,7 +354,7 @@ def test_fingerprints_do_not_depend_on_memory():
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_undo_after_a_fit_says_that_it_does_not_bring_the_dense_model_back(loop):
-    model, params, dense = fresh()
+    model, params, _ = fresh()
     LOOPS[loop](model, params, 0.6, None)
     clone = torch.load(_saved(model), weights_only=False)
     with pytest.warns(UserWarning, match=r"re-fitted.*from before pruning"):
