@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compensating import (
     ALL,
     DEEP,
@@ -16,10 +17,12 @@ from compensating import (
     data,
     deep,
     equal,
+    magnitude,
     names,
     never_worse,
     pairs,
     prune_and_compensate,
+    prune_in_rounds,
     pruned,
     rows,
     same_as_oracle,
@@ -220,3 +223,30 @@ def test_rounding_that_costs_more_than_the_fit_gains_is_not_taken(dtype, bias):
     old, new = (w.detach().float() for w in (before[0][0], model.weight_orig))
     kept = (old == new).all(1)
     assert kept.any()  # rows that rounding would have made worse
+
+
+@pytest.mark.parametrize("options", [{}, {"criterion": magnitude, "steps": 2}])
+def test_the_bar_tells_sparsity_and_error(options, capsys, monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # no thread
+    call = prune_in_rounds if options else prune_and_compensate
+    model, params = pruned("deep mlp", 0)
+    fits = call(model, data((6,)), params, target_sparsity=0.5, progress=True, **options)
+    last = params if options else params[-1:]  # a step is a round over all layers, or a layer
+    masks, told = torch.cat([module.weight_mask.flatten() for module, _ in last]), capsys.readouterr().err
+    assert f"error={max(fits[key].after for key in last):.3g}, sparsity={1 - masks.mean():.1%}" in told
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_errors_count_what_rounding_the_bias_costs(dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(16, 32).to(dtype)
+    model.weight.data[:, ::4] *= 1e-3
+    model.bias.data += 300  # where the dtype is coarse
+    prune.custom_from_mask(model, "weight", (torch.arange(16) % 4 != 0).expand(32, 16).to(dtype))
+    batches = data((16,), (300,), dtype=dtype)
+    x, y = batches[0][0].double(), F.linear(batches[0][0], model.weight_orig, model.bias).detach().double()
+    fit = compensate(model, batches, [(model, "weight")])[model, "weight"]
+    error = (F.linear(x, model.weight.double(), model.bias.double()) - y).detach().square().sum()
+    assert fit.after == pytest.approx(float(error / (y - y.mean(0)).square().sum()), rel=1e-3)
+    assert fit.after <= fit.before

@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torchprune_ext as tpe
+from torchprune_ext.compensation.calls import _shrinking as shrinking
 
 pytestmark = MARKS
 
@@ -181,7 +182,8 @@ def test_rounds_prune_exactly_so_many(steps, sparsity, before):
     total = sum(module.weight_mask.numel() for module, _ in params)
     assert sum(int((module.weight_mask == 0).sum()) for module, _ in params) == round(sparsity * total)
     assert len(calls) == (steps or 10)
-    assert calls == sorted(calls, reverse=True)
+    share, done = calls[0] / total, [step / len(calls) for step in range(1, len(calls))]
+    assert calls[1:] == [total - round((1 - share ** (1 - p) * (1 - sparsity) ** p) * total) for p in done]
     assert list(fits) == params
     for module, _ in params:
         hook = history(module)
@@ -274,3 +276,10 @@ def test_rounds_with_nothing_left():
     except ValueError:
         return
     equal([w for w, _ in weights(model)], [w for w, _ in before])
+
+
+def test_what_the_steps_of_a_layer_keep_falls_geometrically():
+    assert shrinking(100, 0.75, None, 4) == [71, 50, 35, 25]
+    assert shrinking(10, 1.0, None, 2) == [3, 1]
+    assert shrinking(8, None, tpe.NM(1, 4), 2) == [tpe.NM(2, 4), tpe.NM(1, 4)]
+    assert shrinking(8, None, tpe.NM(3, 4), 5) == [tpe.NM(4, 4), tpe.NM(3, 4)]

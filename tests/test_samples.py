@@ -444,3 +444,39 @@ def test_axes_that_do_not_fit_are_refused(axes, error, message):
         fisher(
             model, F.cross_entropy, [(torch.randn(6, 4), torch.zeros(6).long())], [(model, "weight")], sample_axes=axes
         )
+
+
+class Centring(nn.Module):
+    """Mixes the samples in one column of its outputs."""
+
+    def forward(self, x):
+        return torch.cat([x[:, :1] - x[:, :1].mean(0), x[:, 1:]], 1)
+
+
+class Closing(nn.Module):
+    """Rules the first class out."""
+
+    def forward(self, x):
+        return torch.cat([torch.full_like(x[:, :1], -torch.inf), x[:, 1:]], 1)
+
+
+@per_sample
+def test_one_output_that_mixes_samples_is_enough_to_refuse(call):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), Centring())
+    batches = [(torch.randn(6, 4), torch.randint(3, (6,)))]
+    with pytest.raises(ValueError, match="alone differs from that in a batch"):
+        call(model, F.cross_entropy, batches, [(model[0], "weight")])
+
+
+def test_outputs_that_are_infinite_for_all_samples_do_not_differ():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), Closing())
+    batches = [(torch.randn(6, 4), torch.randint(1, 3, (6,)))]
+    assert fisher(model, F.cross_entropy, batches, [(model[0], "weight")])
+
+
+def test_a_loss_of_zero_is_a_mean():
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="whose statistic is 0 in every entry"):
+        fisher(model, lambda output, _: F.relu(output - 99).mean(), [(torch.randn(6, 4), None)], [(model, "weight")])

@@ -82,3 +82,27 @@ def test_obs_scores_are_what_deletion_costs(monkeypatch):
             weight_j, bias = best_row(x[group], y[group, :, 0], weight[group, 0], keep, None, 0.0)
             error = (x[group] @ weight_j + bias - y[group, :, 0]).square().sum()
             torch.testing.assert_close(scores[group, 0, j] * size[group], error, rtol=1e-4, atol=1e-8)
+
+
+def redundant(latent=4, inputs=24, outputs=5, samples=200):
+    """Return a problem whose re-fit takes away nearly all of the error, and a mask."""
+    torch.manual_seed(0)
+    x = torch.randn(1, samples, latent) @ torch.randn(1, latent, inputs) + 1e-2 * torch.randn(1, samples, inputs)
+    weight, moments = torch.randn(1, outputs, inputs).double(), solvers.Moments()
+    moments.add(x.double(), x.double() @ weight.mT)
+    return moments.problem(None), weight, (torch.rand(weight.shape) < 0.5).double()
+
+
+def test_steps_end_early_and_by_the_error_that_is_left(monkeypatch):
+    monkeypatch.setattr(solvers, "RIDGE", 1e-9)
+    found, weight, keep = redundant()
+    fitted = solvers.refit(found, weight, keep)
+    monkeypatch.setattr(solvers, "ROUNDS", solvers.ROUNDS * 2 // 3)
+    assert torch.equal(solvers.refit(found, weight, keep), fitted)  # it was not cut off
+    monkeypatch.setattr(solvers, "TOLERANCE", 0.0)
+    monkeypatch.setattr(solvers, "ROUNDS", 500)
+    least, error, start = (
+        float(found.error(each).sum()) for each in (solvers.refit(found, weight, keep), fitted, weight * keep)
+    )
+    assert error < 1e-3 * start
+    assert error <= 1.01 * least

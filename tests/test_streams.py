@@ -31,6 +31,7 @@ from compensating import (
     with_memory,
     with_positions,
 )
+from snapshots import Snapshot
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -440,3 +441,27 @@ def test_unlabelled_data_of_any_form_gives_the_same(how):
         compensate(model, batches, [(model, "weight")], **options)
         found.append(model.weight.detach())
     equal(found[1], found[0])
+
+
+class Choosing(nn.Module):
+    """Goes on with the rows that its first layer gives more than -1, and with all if its weight is 0."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.a, self.b, self.axis = nn.Linear(4, 4), nn.Linear(4, 4), axis
+        self.a.bias.data.zero_()
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h[h[:, 0, 0] > -1] if self.axis == 0 else h[:, h[0, :, 0] > -1])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_that_only_one_of_the_models_drops_are_refused(axis):
+    model = build(lambda: Choosing(axis))
+    for module in (model.a, model.b):
+        prune.random_unstructured(module, "weight", amount=0.5)
+    before, [(x, _)] = Snapshot(model), data((8, 4), (13,))
+    with pytest.raises(ValueError, match=r"b\.weight gets .* do not belong together"):
+        compensate(model, [(1e-3 * x, None), (10 * x, None)], [(model.a, "weight"), (model.b, "weight")])
+    assert not before.differences()
