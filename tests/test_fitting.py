@@ -38,7 +38,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torchprune_ext as tpe
+from torchprune_ext._layers import Layer
 from torchprune_ext.compensation import solvers
+from torchprune_ext.compensation.fitting import _rounded as rounded
 
 pytestmark = MARKS
 
@@ -250,3 +252,15 @@ def test_errors_count_what_rounding_the_bias_costs(dtype):
     error = (F.linear(x, model.weight.double(), model.bias.double()) - y).detach().square().sum()
     assert fit.after == pytest.approx(float(error / (y - y.mean(0)).square().sum()), rel=1e-3)
     assert fit.after <= fit.before
+
+
+def test_a_row_that_would_get_worse_keeps_its_bias_too():
+    module, x, moments = build(lambda: nn.Linear(4, 3)), data((4,))[0][0], solvers.Moments()
+    moments.add(x[None], module(x).detach()[None])
+    start = module.weight.detach()[None]
+    worse = start + torch.tensor([0.0, 1.0, 0.0])[:, None]
+    layer = Layer(module, "weight", "weight")
+    weight, bias, before, after = rounded(layer, moments.problem(None), start, worse, True, True)
+    equal(weight, start)
+    equal(bias[0, 1], module.bias[1].detach())
+    assert bool((after <= before).all())
