@@ -450,7 +450,7 @@ class Centring(nn.Module):
     """Mixes the samples in one column of its outputs."""
 
     def forward(self, x):
-        return torch.cat([x[:, :1] - x[:, :1].mean(0), x[:, 1:]], 1)
+        return torch.cat([x[:, :-1], x[:, -1:] - x[:, -1:].mean(0)], 1)
 
 
 class Closing(nn.Module):
@@ -461,10 +461,11 @@ class Closing(nn.Module):
 
 
 @per_sample
-def test_one_output_that_mixes_samples_is_enough_to_refuse(call):
+@pytest.mark.parametrize("last", [nn.Identity, Closing])
+def test_one_output_that_mixes_samples_is_enough_to_refuse(call, last):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), Centring())
-    batches = [(torch.randn(6, 4), torch.randint(3, (6,)))]
+    model = nn.Sequential(nn.Linear(4, 3), Centring(), last())
+    batches = [(torch.randn(6, 4), torch.randint(1, 3, (6,)))]
     with pytest.raises(ValueError, match="alone differs from that in a batch"):
         call(model, F.cross_entropy, batches, [(model[0], "weight")])
 
