@@ -118,17 +118,17 @@ def test_a_fresh_layer_is_pruned_as_defined(case, data):
 def test_a_layer_that_native_has_pruned_is_pruned_further_as_defined(case, data):
     layer = draw_layer(data.draw, case)
     draw_native(data.draw, layer)
-    shape, _, mask = values(layer)
     (first,) = layer._forward_pre_hooks.values()
-    check_prune(case, layer, case.draw(data.draw, layer, shape, mask))
-    (hook,) = layer._forward_pre_hooks.values()
-    assert isinstance(hook, prune.PruningContainer)
-    assert hook[0] is first
-    assert type(hook[1]) is case.cls
-    shape, _, mask = values(layer)
-    check_prune(case, layer, case.draw(data.draw, layer, shape, mask))
-    (hook,) = layer._forward_pre_hooks.values()
-    assert [type(method) for method in hook] == [type(first), case.cls, case.cls]
+    least = 1
+    for most in (2, 3):  # entries of the history: one more for each call that prunes something
+        shape, _, mask = values(layer)
+        check_prune(case, layer, case.draw(data.draw, layer, shape, mask))
+        least += values(layer)[2] != mask
+        (hook,) = layer._forward_pre_hooks.values()
+        past = [*hook] if isinstance(hook, prune.PruningContainer) else [hook]
+        assert past[0] is first
+        assert least <= len(past) <= most
+        assert all(type(method) is case.cls for method in past[1:])
 
 
 @every_method

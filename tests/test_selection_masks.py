@@ -138,7 +138,7 @@ def test_infinitely_large_but_finite_single_scores():
 
 
 def nm_expected(scores, pattern, default):
-    units = oracles.runs(tuple(scores.shape), pattern.m, pattern.dim)
+    units = oracles.runs(tuple(scores.shape), pattern.m, pattern.along(1).dim)
     mask = oracles.keep_n_of_m(units, flat(scores), flat(default), pattern.n)
     return torch.tensor(mask).reshape(scores.shape)
 
@@ -216,7 +216,8 @@ def test_what_is_no_pattern_is_refused(n, m, error):
 
 
 def test_patterns_are_values():
-    assert NM(2, 4) == NM(2, 4, dim=1, pad=False)
+    assert NM(2, 4) == NM(2, 4, dim=None, pad=False)
+    assert NM(2, 4).along(1) == NM(2, 4, dim=1)
     assert len({Vector(), Vector(-1), Kernel(), Kernel(), Channel(), Channel(0, 1), NM(2, 4), NM(2, 4)}) == 4
     with pytest.raises(AttributeError):
         NM(2, 4).n = 3
