@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -13,6 +14,8 @@ from torchprune_ext._host import Target
 from torchprune_ext.masks import unit_mask, units_alive
 from torchprune_ext.patterns import Channel
 from torchprune_ext.selection import Cut, Scores
+
+SAMPLE, FEW = 4096, 0.05  # units that are looked at first, and the share of ties among them that is few
 
 
 def gradient_scores(target: Target, grad: Tensor | None) -> Scores:
@@ -91,7 +94,11 @@ def bn_masks(target: Target, bn: nn.Module, keep: Tensor, *, paired: bool) -> It
 
 
 def tied_at(part: Scores, cut: Cut) -> int:
-    """Return how many living units of ``part`` score exactly what the cut lies at."""
+    """Return how many living units of ``part`` score exactly what the cut lies at; 0 where a sample shows but few."""
+    step = max(len(part) // SAMPLE, 1)
+    some = part.at(torch.arange(0, len(part), step, device=part.inputs[0].device))
+    if step > 1 and int((some == cut.value).count_nonzero()) < FEW * len(some):
+        return 0  # reading all of a large tensor would cost as much as choosing from it
     return sum(int((part.at(index) == cut.value).count_nonzero()) for index in part.chunks())
 
 
