@@ -9,6 +9,8 @@ host's hook decides. Where it was lost (a native call that failed has deleted it
 neither the module's class nor a hook of the user's may name the mask: they would apply it themselves.
 """
 
+import gc
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from torchprune_ext._obstacles import masks_by_itself, obstacle, why_not
 from torchprune_ext._readers import compute_when_read, refuse_unseen, store_again
 from torchprune_ext._restoring import all_or_nothing, contents_of, restore
 
+FEW_REFERENCES = 4  # to a parameter: those of its module, of a target, of a call and of the question
 PLENTY = 0.05  # share of exact zeros that training does not leave
 
 
@@ -245,18 +248,41 @@ def _refuse_two_masks(parts: Iterable[tuple[nn.Parameter, Tensor | None, str]]) 
             )
 
 
-def refuse_half_tied(model: nn.Module, targets: Iterable[Target], instead: str) -> None:
-    """Raise ``ValueError`` if making ``targets`` permanent would zero what another holder in ``model`` keeps.
+def modules_holding(parameter: nn.Parameter) -> list[nn.Module]:
+    """Return all modules of the process that hold ``parameter``, for calls that do not see the model.
+
+    Asks the garbage collector, which takes some 0.1 s in a large process, unless next to nothing holds the parameter.
+    """
+    if sys.getrefcount(parameter) <= FEW_REFERENCES:
+        return []
+    tables = [
+        table
+        for table in gc.get_referrers(parameter)
+        if isinstance(table, dict) and any(value is parameter for value in table.values())
+    ]
+    found = []
+    for table in tables:
+        for owner in gc.get_referrers(table):
+            # what refers to a module's table is the module, or first the dictionary of its attributes
+            attributes = isinstance(owner, dict) and owner.get("_parameters") is table
+            for module in gc.get_referrers(owner) if attributes else [owner]:
+                if isinstance(module, nn.Module) and module._parameters is table:
+                    found.append(module)
+    return found
+
+
+def refuse_half_tied(modules: Iterable[tuple[str, nn.Module]], targets: Iterable[Target], instead: str) -> None:
+    """Raise ``ValueError`` if making ``targets`` permanent would zero what another holder keeps.
 
     Args:
-        model: where to look for other holders of the same parameters.
+        modules: where to look for other holders of the same parameters, as ``named_modules()`` gives them.
         targets: pruned targets.
         instead: what the caller offers instead, a sentence.
     """
     wanted: dict[int, list[Target]] = {}
     for target in targets:
         wanted.setdefault(id(target.parameter), []).append(target)
-    for path, module in model.named_modules():
+    for path, module in modules:
         for holder in targets_in(module):
             kept = holder.mask
             for target in wanted.get(id(holder.parameter), []):

@@ -5,7 +5,21 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from torchprune_ext._checks import check_module, warn
-from torchprune_ext._host import Target, pruned, refuse_half_tied, rest_of, targets_of, uninstall, was_refitted
+from torchprune_ext._host import (
+    Target,
+    modules_holding,
+    pruned,
+    refuse_half_tied,
+    rest_of,
+    targets_of,
+    uninstall,
+    was_refitted,
+)
+
+UNTIE = (
+    "Prune both by one global call that lists both, or untie them first: "
+    "module.weight_orig = nn.Parameter(module.weight_orig.detach().clone())."
+)
 
 
 def pruned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -66,8 +80,7 @@ def remove(module: nn.Module, name: str, *, keep_zeros: bool = False) -> nn.Modu
     """Make pruning permanent: ``weight`` becomes a plain parameter again, with zeros where it was pruned.
 
     As :func:`torch.nn.utils.prune.remove`, but the order of the parameters stays. The parameter is the same object as
-    before pruning, so optimizers keep it. Unless they are kept, its zeros change as soon as training goes on. What else
-    holds the parameter (tied weights) is zeroed with it; :func:`remove_all`, which sees the model, refuses that.
+    before pruning, so optimizers keep it. Unless they are kept, its zeros change as soon as training goes on.
 
     Args:
         module: module with a pruned tensor.
@@ -83,7 +96,8 @@ def remove(module: nn.Module, name: str, *, keep_zeros: bool = False) -> nn.Modu
 
     Raises:
         TypeError: ``module`` is not a module or ``name`` not a string.
-        ValueError: the tensor is not pruned.
+        ValueError: the tensor is not pruned, or another module holds the same parameter (tied weights) and would be
+            zeroed too.
 
     Example:
         >>> from torchprune_ext import every_other
@@ -91,7 +105,10 @@ def remove(module: nn.Module, name: str, *, keep_zeros: bool = False) -> nn.Modu
         >>> list(dict(layer.named_parameters())), int((layer.weight == 0).sum())
         (['weight', 'bias'], 2)
     """
-    _end([_only(module, name)], keep_masked=True, keep_zeros=keep_zeros)
+    target = _only(module, name)
+    holders = [(type(other).__name__, other) for other in modules_holding(target.parameter)]
+    refuse_half_tied(holders, [target], UNTIE)
+    _end([target], keep_masked=True, keep_zeros=keep_zeros)
     return module
 
 
@@ -151,10 +168,9 @@ def remove_all(
     """
     targets = _all(model, params)
     refuse_half_tied(
-        model,
+        model.named_modules(),
         targets,
-        "Prune both by one global call that lists both, or untie them first: "
-        "module.weight_orig = nn.Parameter(module.weight_orig.detach().clone()).",
+        UNTIE,
     )
     _end(targets, keep_masked=True, keep_zeros=keep_zeros)
     return model

@@ -67,7 +67,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     check_module("model", model)
     targets = list(pruned(model))
     refuse_half_tied(
-        model,
+        model.named_modules(),
         targets,
         "Prune both by one global call that lists both, or untie them: give one of the modules a clone, as a new "
         "nn.Parameter.",
