@@ -45,7 +45,8 @@ doctest_default_flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctes
 # Every reference must resolve, except into Python and PyTorch, whose inventories are not here, and private modules.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections\.abc|matplotlib|mpl_toolkits|os|torch|typing_extensions|torchprune_ext\._\w+)\..*")
+    (r"py:.*", r"(collections\.abc|copy|matplotlib|mpl_toolkits|os|torch|typing_extensions|torchprune_ext\._\w+)\..*"),
+    (r"py:class", r"torchprune_ext\.deploy\.\w+\.M"),  # a type variable
 ]
 
 
