@@ -30,6 +30,11 @@ def with_gradients(layers):
     return [(layer, "weight") for layer in layers]
 
 
+def with_zeros(layer):
+    layer.weight.data[0] = 0
+    return layer
+
+
 def weights(layers):
     return [(layer, "weight") for layer in layers]
 
@@ -68,6 +73,20 @@ MANY = {
     "global_ln_structured": (convolutions, lambda ms: tpe.global_ln_structured(weights(ms), 0.5)),
     "global_bn_scaling": (convolutions, lambda ms: tpe.global_bn_scaling([(m, nn.BatchNorm2d(2)) for m in ms], 0.5)),
     "global_nm_structured": (linears, lambda ms: tpe.global_nm_structured(weights(ms), 0.5, m=4)),
+    "mask_zeros": (lambda: [with_zeros(layer) for layer in linears()], lambda ms: tpe.mask_zeros(weights(ms))),
+    "compensate": (
+        linears,
+        lambda ms: (
+            tpe.global_unstructured(weights(ms), 0.5),
+            tpe.compensate(nn.Sequential(*ms), [(torch.randn(32, 4), None)], weights(ms), progress=False),
+        ),
+    ),
+    "sparsegpt": (
+        linears,
+        lambda ms: tpe.sparsegpt(
+            nn.Sequential(*ms), [(torch.randn(32, 4), None)], weights(ms), target_sparsity=0.5, progress=False
+        ),
+    ),
     "prune_and_compensate": (
         linears,
         lambda ms: tpe.prune_and_compensate(

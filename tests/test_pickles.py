@@ -7,17 +7,22 @@ path here.
 import importlib
 import inspect
 import pickle
+import pickletools
 import pkgutil
+import zipfile
 
 import pytest
 import torch
+import toys
 from make_pruned import FILE, MANY, ONE, histories, make, outputs
+from torch import nn
 from torch.nn.utils import prune
 
 import torchprune_ext as tpe
 from torchprune_ext import functional, global_pruning
 from torchprune_ext.methods import Method
 
+pytestmark = toys.unwarned
 PATHS = {
     "torchprune_ext.methods.base.GlobalPruning",
     "torchprune_ext.methods.base.Method",
@@ -31,6 +36,12 @@ PATHS = {
     "torchprune_ext.methods.units.NMStructured",
     "torchprune_ext.methods.units.VectorLn",
     "torchprune_ext.patterns.NM",  # an argument in the history of prune_and_compensate
+}
+OTHERS = {  # what pickles of pruned models hold beside methods
+    "torchprune_ext._readers.PrunedOutProj",
+    "torchprune_ext._readers.PrunedParameterDict",
+    "torchprune_ext._readers.PrunedParameterList",
+    "torchprune_ext.deploy.checkpoint.Loaded",
 }
 FILES = sorted(FILE.parent.glob("pruned_*.pt"))
 
@@ -56,6 +67,34 @@ def test_hooks_are_found_by_their_public_path_too():
     for cls in hook_classes() - {tpe.NM}:
         by_name = f"ctorchprune_ext.methods\n{cls.__name__}\n.".encode()  # as a pickle writes it
         assert pickle.loads(by_name) is cls
+
+
+def paths_in(file):
+    """Return the paths into the package that a saved model asks for."""
+    with zipfile.ZipFile(file) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        asked = [str(arg) for op, arg, _ in pickletools.genops(archive.read(name)) if op.name == "GLOBAL"]
+    return {path.replace(" ", ".") for path in asked if path.startswith("torchprune_ext")}
+
+
+def test_models_ask_for_pinned_paths_only(tmp_path):
+    model = nn.ModuleList([nn.MultiheadAttention(4, 2), nn.ParameterList([torch.ones(4)]), nn.Linear(4, 4)])
+    model.append(nn.ParameterDict({"a": torch.ones(4)}))
+    tpe.threshold(model[0].out_proj, "weight", 0.1)
+    tpe.every_other(model[1], "0")
+    tpe.every_other(model[3], "a")
+    dense = nn.Linear(4, 4)
+    tpe.threshold(model[2], "weight", 0.1)
+    tpe.load_pruned_state_dict(dense, model[2].state_dict())
+    torch.save(model.append(dense), tmp_path / "model.pt")
+    assert paths_in(tmp_path / "model.pt") == {*OTHERS, "torchprune_ext.methods.entries.Threshold"} | {
+        "torchprune_ext.methods.entries.EveryOther"
+    }
+    for file in FILES:
+        assert paths_in(file) <= PATHS
+    for path in OTHERS:
+        module, _, name = path.rpartition(".")
+        assert getattr(importlib.import_module(module), name)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

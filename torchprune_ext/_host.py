@@ -13,7 +13,7 @@ import gc
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -324,7 +324,7 @@ def install(
             key, earlier = target.hook()
             if _dense_fingerprint(target) is None:  # native methods leave none, and a new mask hides traces of training
                 lost = changed_since_pruned(target)
-                vars(method)["_dense"] = LOST if lost else Fingerprint.of(target.parameter)
+                vars(method)["_dense"] = astuple(LOST if lost else Fingerprint.of(target.parameter))
             if earlier is not None and not news:
                 hook = earlier
             else:
@@ -365,16 +365,16 @@ def remember_dense(target: Target, dense: Tensor) -> None:
     """Note what a pruned target's dense values are, before others take their place, unless that is known."""
     _, hook = target.hook()
     if hook is not None and _dense_fingerprint(target) is None:
-        vars(list(hook)[-1] if isinstance(hook, PruningContainer) else hook)["_dense"] = Fingerprint.of(dense)
+        vars(list(hook)[-1] if isinstance(hook, PruningContainer) else hook)["_dense"] = astuple(Fingerprint.of(dense))
 
 
 def _dense_fingerprint(target: Target) -> Fingerprint | None:
     """Return the first fingerprint that pruning has left of the target's dense values."""
     _, hook = target.hook()
     for method in hook if isinstance(hook, PruningContainer) else [hook]:
-        fingerprint = getattr(method, "_dense", None)
-        if fingerprint is not None:
-            return fingerprint  # type: ignore[no-any-return]
+        numbers = getattr(method, "_dense", None)  # plain ones, as hooks are pickled with the modules of users
+        if numbers is not None:
+            return Fingerprint(*numbers)
     return None
 
 
