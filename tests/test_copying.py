@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import releases
 import torch
 from snapshots import Snapshot
 from torch import nn
@@ -218,7 +219,7 @@ def test_refresh_shows_every_change_at_once(make, by):
     check(torch.float32)
     model.to(torch.bfloat16)
     check(torch.bfloat16)
-    if isinstance(model, nn.LSTM):
+    if isinstance(model, nn.LSTM) and not releases.OLD:  # torch 2.4 has no such LSTM on some processors
         model(x.bfloat16())
     assert [n for n, _ in model.named_parameters()] == order
 

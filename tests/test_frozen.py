@@ -5,6 +5,7 @@ import copy
 import io
 
 import pytest
+import releases
 import torch
 from snapshots import Snapshot
 from torch import nn
@@ -263,6 +264,7 @@ def test_copying_is_refused_inside(call):
     call(tpe.refresh(model) if call is not copy.deepcopy else network(lambda layer: None))
 
 
+@releases.fast_path
 @pytest.mark.parametrize("tied", [False, True])
 def test_attention_and_tied_weights(tied):
     torch.manual_seed(0)
@@ -301,6 +303,7 @@ def test_recurrent():
         assert torch.equal(model(X)[0], changed)
 
 
+@releases.compiled_property
 def test_compiled():
     model = network()
     before = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -74,7 +74,7 @@ def test_checkpoint(tmp_path):
         "model": layer.state_dict(),
         "optimizer": optimizer.state_dict(),
         "half": torch.ones(2, dtype=torch.bfloat16),
-        "wide": torch.zeros(2, dtype=torch.uint16),
+        "wide": torch.zeros(2, dtype=torch.int16),
         "expanded": torch.ones(1).expand(10**9),
         "sparse": torch.eye(3).to_sparse(),
         "shared": [shared, shared],
