@@ -36,6 +36,7 @@ ORDER = [
     "_scoring",
     "discovery",
     "lifecycle",
+    "deploy.timing",
     "deploy.copying",
     "deploy.checkpoint",
     "deploy.zeros",
