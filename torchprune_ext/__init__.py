@@ -12,7 +12,9 @@ from torchprune_ext.compensation import (
 )
 from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
 from torchprune_ext.deploy.copying import copy_pruned, copyable, refresh
+from torchprune_ext.deploy.csr import CSRLinear, csr_report, to_csr
 from torchprune_ext.deploy.freezing import frozen
+from torchprune_ext.deploy.semi_structured import SemiStructuredLinear, semi_structured_report, to_semi_structured
 from torchprune_ext.deploy.sparse_files import load_sparse, save_sparse
 from torchprune_ext.deploy.zeros import keep_zeros
 from torchprune_ext.discovery import bn_pairs, prunable_parameters
@@ -61,6 +63,7 @@ __all__ = [
     "BNScaling",
     "Block",
     "BlockLn",
+    "CSRLinear",
     "Channel",
     "DenseValues",
     "EveryOther",
@@ -70,6 +73,7 @@ __all__ = [
     "KernelLn",
     "NMStructured",
     "OBDSaliency",
+    "SemiStructuredLinear",
     "Threshold",
     "Vector",
     "VectorLn",
@@ -82,6 +86,7 @@ __all__ = [
     "copy_pruned",
     "copyable",
     "criteria",
+    "csr_report",
     "dense_state_dict",
     "dense_values",
     "every_other",
@@ -116,8 +121,11 @@ __all__ = [
     "save_sparse",
     "schedules",
     "selection",
+    "semi_structured_report",
     "sparsegpt",
     "threshold",
+    "to_csr",
+    "to_semi_structured",
     "undo",
     "undo_all",
     "vector_ln",
