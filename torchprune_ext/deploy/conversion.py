@@ -72,8 +72,8 @@ class Format(Protocol):
     def obstacle(self, weight: Tensor) -> str | None:
         """Return why ``weight`` does not fit, as the end of a sentence that starts with the layer; None if it does."""
 
-    def module(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """Return a layer that computes the same from a copy of ``weight`` in this format, and of ``bias``."""
+    def modules(self, weight: Tensor, bias: Tensor | None) -> Iterable[nn.Module]:
+        """Return layers that compute the same from a copy of ``weight`` in this format, and of ``bias``, to choose."""
 
 
 def examine(model: nn.Module, example_inputs: Any, form: Format) -> tuple[Report, dict[nn.Module, nn.Module]]:
@@ -195,20 +195,21 @@ def _measured(
 ) -> tuple[nn.Module | None, str, tuple[float, float] | None]:
     """Return the converted layer, or None where it is not faster, the reason, and the seconds dense and sparse."""
     try:
-        new = form.module(layer.weight, layer.bias).eval()
-        seconds = [0.0, 0.0]
+        choices = [layer, *(choice.eval() for choice in form.modules(layer.weight, layer.bias))]
+        seconds = [0.0] * len(choices)
         for (shape, dtype), number in inputs.items():
             x = torch.ones(shape, dtype=dtype, device=layer.weight.device)
-            calls = {"dense": functools.partial(layer, x), "sparse": functools.partial(new, x)}
-            times = medians(calls, rounds=ROUNDS)
-            seconds = [seconds[0] + number * times["dense"].median, seconds[1] + number * times["sparse"].median]
+            times = medians({str(i): functools.partial(choice, x) for i, choice in enumerate(choices)}, rounds=ROUNDS)
+            for i, each in enumerate(times.values()):
+                seconds[i] += number * each.median
     except RuntimeError as error:  # of kernels that this build or this device does not have
         return None, f"torch cannot compute it here: {str(error).strip().splitlines()[0]}", None
-    ratio = seconds[0] / seconds[1]
+    dense, *others = seconds
+    best = min(others)
     where = f"on {', '.join(str(tuple(shape)) for shape, _ in inputs)}, {torch.get_num_threads()} thread(s)"
-    if ratio <= 1:
-        return None, f"dense is faster: {ratio:.2f} times dense's speed {where}", (seconds[0], seconds[1])
-    return new, f"{ratio:.2f} times as fast as dense {where}", (seconds[0], seconds[1])
+    if best >= dense:
+        return None, f"dense is faster: sparse has {dense / best:.2f} times its speed {where}", (dense, best)
+    return choices[1 + others.index(best)], f"{dense / best:.2f} times as fast as dense {where}", (dense, best)
 
 
 def _obstacle(layer: nn.Linear, form: Format) -> str | None:

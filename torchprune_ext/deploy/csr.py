@@ -2,17 +2,20 @@
 
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from torchprune_ext._checks import check_fraction
+from torchprune_ext._checks import check_fraction, check_whole
 from torchprune_ext.deploy.conversion import Report, converted, examine
 from torchprune_ext.deploy.sparse_layers import SparseLinear
 
 M = TypeVar("M", bound=nn.Module)
 WIDTH = 16  # rows of the input that go at once: as many as keep the kernel's dense operand in the cache
+BLOCKS = (32, 16, 8, 4)  # sides of blocks that are tried, the largest that is zero as often as single entries must be
 
 
 class CSRLinear(SparseLinear):
@@ -25,10 +28,12 @@ class CSRLinear(SparseLinear):
     Args:
         weight: shape ``(out_features, in_features)``; is copied.
         bias: shape ``(out_features,)`` or None; is copied.
+        block: side of the square blocks that are stored and skipped as a whole, where larger than 1
+            (``torch.sparse_bsr``).
 
     Raises:
         TypeError: ``weight`` is not a dense tensor of float32 or float64.
-        ValueError: ``weight`` is not a matrix, or ``bias`` does not fit it.
+        ValueError: ``weight`` is not a matrix, or ``bias`` does not fit it, or ``block`` does not divide its sizes.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -46,10 +51,18 @@ class CSRLinear(SparseLinear):
     col: Tensor
     values: nn.Parameter
 
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, block: int = 1) -> None:
+        check_whole("block", block, 1)
+        self.block = int(block)
+        super().__init__(weight, bias)
+
     def store(self, weight: Tensor) -> None:
-        """Keep the entries of the dense ``weight`` that are not 0, and where they stand."""
+        """Keep the entries of the dense ``weight`` that are not 0, or the blocks of them, and where they stand."""
         _accept_beta()
-        csr = weight.clone().to_sparse_csr()
+        side = self.block
+        if any(size % side for size in weight.shape):
+            raise ValueError(f"block={side} does not divide weight of shape {tuple(weight.shape)}. Pass a divisor.")
+        csr = weight.clone().to_sparse_csr() if side == 1 else weight.clone().to_sparse_bsr((side, side))
         # 32 bits are what the kernel of MKL reads; of 64 it makes a copy at every call
         whole = torch.int32 if weight.numel() < 2**31 else torch.int64
         self.register_buffer("crow", csr.crow_indices().to(whole), persistent=False)
@@ -59,7 +72,8 @@ class CSRLinear(SparseLinear):
     def _csr(self) -> Tensor:
         # made anew at each call, of the same memory: that takes microseconds, and follows whatever changes the three
         size = (self.out_features, self.in_features)
-        return torch.sparse_csr_tensor(self.crow, self.col, self.values, size, check_invariants=False)
+        make = torch.sparse_csr_tensor if self.block == 1 else torch.sparse_bsr_tensor
+        return make(self.crow, self.col, self.values, size, check_invariants=False)
 
     def dense(self) -> Tensor:
         """Return the weight, dense."""
@@ -79,21 +93,26 @@ class CSRLinear(SparseLinear):
         return self._product(input)
 
     def _product(self, input: Tensor) -> Tensor:
+        if self.block > 1 and torch.is_grad_enabled() and input.requires_grad:  # which torch has for rows only
+            return F.linear(input, self.weight, self.bias)
         weight, bias = self._csr(), self.bias
         rows = input.reshape(-1, self.in_features)
         if rows.shape[0] == 1:
             product = torch.mv(weight, rows[0]) if bias is None else torch.addmv(bias, weight, rows[0])
-        elif bias is None:
-            product = torch.cat([torch.mm(weight, part.t()).t() for part in rows.split(WIDTH)])
         else:
-            column = bias.unsqueeze(1)
-            product = torch.cat([torch.addmm(column, weight, part.t()).t() for part in rows.split(WIDTH)])
+            parts = rows.split(WIDTH if self.block == 1 else max(1, len(rows)))
+            if bias is None:
+                products = [torch.mm(weight, part.t()) for part in parts]
+            else:
+                products = [torch.addmm(bias.unsqueeze(1), weight, part.t()) for part in parts]
+            product = torch.cat([each.t() for each in products])
         return product.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Return sizes and the fraction of zeros, for ``repr``."""
         zeros = 1 - self.values.numel() / max(1, self.out_features * self.in_features)
-        return f"{super().extra_repr()}, sparsity={zeros:.1%}"
+        block = f", block={self.block}" if self.block > 1 else ""
+        return f"{super().extra_repr()}, sparsity={zeros:.1%}{block}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -126,8 +145,15 @@ class _CSR:
             return f"has {zeros} zeros of {weight.numel()}, less than min_sparsity={self.least}"
         return None
 
-    def module(self, weight: Tensor, bias: Tensor | None) -> CSRLinear:
-        return CSRLinear(weight, bias)
+    def modules(self, weight: Tensor, bias: Tensor | None) -> Iterator[CSRLinear]:
+        yield CSRLinear(weight, bias)
+        for side in BLOCKS:
+            rows, columns = weight.shape
+            if rows % side == columns % side == 0:
+                alive = (weight != 0).reshape(rows // side, side, columns // side, side).any(1).any(-1)
+                if 1 - int(alive.sum()) / alive.numel() >= self.least:
+                    yield CSRLinear(weight, bias, block=side)
+                    return
 
 
 def csr_report(model: nn.Module, *, min_sparsity: float = 0.8, example_inputs: Any = None) -> Report:
@@ -159,8 +185,9 @@ def to_csr(model: M, *, min_sparsity: float = 0.8, example_inputs: Any = None) -
     """Return a copy of ``model``, for inference on the CPU, whose sparse ``Linear`` layers skip their zeros.
 
     A layer becomes a :class:`CSRLinear` if it is a plain ``nn.Linear`` of float32 or float64, at least ``min_sparsity``
-    of its weight is 0, by a mask or plainly, and it is measured to be faster so. All others are copied as they are,
-    with their pruning. Outputs differ by rounding, since sums run in another order.
+    of its weight is 0, by a mask or plainly, and it is measured to be faster so. Where as many square blocks are 0 as a
+    whole, these are tried too, and the fastest is taken. All other layers are copied as they are, with their pruning.
+    Outputs differ by rounding, since sums run in another order.
 
     Args:
         model: any module, pruned by whatever method; is left as it was. A layer that it uses twice is used twice in

@@ -136,8 +136,8 @@ class _TwoOfFour:
     def obstacle(self, weight: Tensor) -> str | None:
         return misfit(weight) or off_device(weight)
 
-    def module(self, weight: Tensor, bias: Tensor | None) -> SemiStructuredLinear:
-        return SemiStructuredLinear(weight, bias)
+    def modules(self, weight: Tensor, bias: Tensor | None) -> list[SemiStructuredLinear]:
+        return [SemiStructuredLinear(weight, bias)]
 
 
 def semi_structured_report(model: nn.Module, *, example_inputs: Any = None) -> Report:

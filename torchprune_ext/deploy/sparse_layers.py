@@ -43,9 +43,9 @@ class SparseLinear(nn.Module):
             )
         self.out_features, self.in_features = weight.shape
         with outside_of_inference(), torch.no_grad():
-            self.store(weight.detach())
             copied = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.register_parameter("bias", copied)
+            self.register_parameter("bias", copied)
+            self.store(weight.detach())
 
     def store(self, weight: Tensor) -> None:
         """Keep the dense ``weight`` in the format; ``ValueError`` if it does not fit, and nothing changes."""
@@ -120,7 +120,7 @@ class SparseLinear(nn.Module):
             errors.append(f"size mismatch for {key}: {told} in the state dict, {size} in this {type(self).__name__}.")
         elif strict:
             missing.append(key)
-        own = self._parameters.pop(self.stored)  # is no key of the state dict
+        own = self._parameters.pop(self.stored)  # the last of them, and not a key of the state dict
         try:
             super()._load_from_state_dict(mine, prefix, metadata, strict, missing, unexpected, errors)
         finally:
