@@ -21,7 +21,6 @@ from torchprune_ext.deploy.timing import medians
 
 M = TypeVar("M", bound=nn.Module)
 Inputs = Counter[tuple[torch.Size, torch.dtype]]  # of a layer, and how often each
-ROUNDS = 5  # of the measurement of one layer
 FEW = 20  # rows that an error shows
 
 
@@ -199,11 +198,11 @@ def _measured(
         seconds = [0.0] * len(choices)
         for (shape, dtype), number in inputs.items():
             x = torch.ones(shape, dtype=dtype, device=layer.weight.device)
-            times = medians({str(i): functools.partial(choice, x) for i, choice in enumerate(choices)}, rounds=ROUNDS)
+            times = medians({str(i): functools.partial(choice, x) for i, choice in enumerate(choices)})
             for i, each in enumerate(times.values()):
                 seconds[i] += number * each.median
-    except RuntimeError as error:  # of kernels that this build or this device does not have
-        return None, f"torch cannot compute it here: {str(error).strip().splitlines()[0]}", None
+    except (RuntimeError, ValueError) as error:  # what this build or this device does not have, or packs otherwise
+        return None, f"cannot be computed so here: {str(error).strip().splitlines()[0]}", None
     dense, *others = seconds
     best = min(others)
     where = f"on {', '.join(str(tuple(shape)) for shape, _ in inputs)}, {torch.get_num_threads()} thread(s)"

@@ -208,13 +208,13 @@ def to_csr(model: M, *, min_sparsity: float = 0.8, example_inputs: Any = None) -
 
     Example:
         >>> from torch.nn.utils import prune
-        >>> model = nn.Sequential(prune.l1_unstructured(nn.Linear(2048, 2048), "weight", 0.95))
+        >>> model = nn.Sequential(prune.l1_unstructured(nn.Linear(4096, 2048), "weight", 0.95))
         >>> fast = to_csr(model)
         >>> fast
         Sequential(
-          (0): CSRLinear(in_features=2048, out_features=2048, bias=True, sparsity=95.0%)
+          (0): CSRLinear(in_features=4096, out_features=2048, bias=True, sparsity=95.0%)
         )
-        >>> x = torch.randn(1, 2048)
+        >>> x = torch.randn(1, 4096)
         >>> torch.allclose(fast(x), model(x), atol=1e-5)
         True
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-BLOCK = 1e-3  # seconds that a measurement lasts at least, so that the clock and the loop around it do not count
+BLOCK = 2e-4  # seconds that a measurement lasts at least: long for the clock, short for what else the machine does
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,9 @@ class Times:
     threads: int
 
 
-def medians(calls: Mapping[str, Callable[[], Any]], *, rounds: int = 7, threads: int | None = None) -> dict[str, Times]:
+def medians(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int = 11, threads: int | None = None
+) -> dict[str, Times]:
     """Return how long each call takes; the calls alternate, so that a busy machine hits all of them alike.
 
     Goes through :class:`torch.utils.benchmark.Timer`, which warms up and waits for the GPU.
