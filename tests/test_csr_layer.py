@@ -302,6 +302,7 @@ def test_autocast_gives_its_dtype(leading):
     assert sparse(x).dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*Graph break due to unsupported builtin")  # torch 2.4: the layer runs as it is
 @pytest.mark.parametrize("shape", [(5,), (2, 20, 5)])
 def test_compiled_code_computes_the_same(shape):
     torch._dynamo.reset()

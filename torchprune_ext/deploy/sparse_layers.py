@@ -61,7 +61,7 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew at each reading: who writes into it changes nothing."""
+        """The weight, dense, made anew at each reading, so that who writes into it changes nothing."""
         with torch.no_grad():
             return self.dense()
 
