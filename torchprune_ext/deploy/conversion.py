@@ -3,8 +3,7 @@
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +21,12 @@ from torchprune_ext.deploy.timing import medians
 M = TypeVar("M", bound=nn.Module)
 Inputs = Counter[tuple[torch.Size, torch.dtype]]  # of a layer, and how often each
 FEW = 20  # rows that an error shows
+NOT_CALLED = (
+    "is not called: the model does not need it for these inputs, or reads its weight for a kernel of its own, as "
+    "TransformerEncoderLayer does; torch.backends.mha.set_fastpath_enabled(False), here and where the model serves, "
+    "turns that off"
+)
+READ = "is called, but its parent reads its weight too, which would be made dense each time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +100,18 @@ def examine(model: nn.Module, example_inputs: Any, form: Format) -> tuple[Report
     if not linears:
         raise ValueError(f"model, a {type(model).__name__}, has no nn.Linear, and only those can be converted.")
     rows, replaced = [], dict[nn.Module, nn.Module]()
-    fast_path = _read_by_the_fast_path(model) if example_inputs is None else set()
     with outside_of_inference(), torch.no_grad(), left_as_it_was(model):  # pruned weights are plain here
         reasons = {layer: _obstacle(layer, form) for layer in linears}
         candidates = [layer for layer, reason in reasons.items() if reason is None]
-        if example_inputs is None:
-            inputs = {layer: _single_row(layer) for layer in candidates}
-        else:
-            inputs = inputs_of(model, candidates, example_inputs)
+        uses = _single_rows(model, candidates) if example_inputs is None else _uses(model, candidates, example_inputs)
         for layer, path in linears.items():
             reason, times = reasons[layer], None
-            if reason is None and (layer in fast_path or not inputs[layer]):
-                reason = _not_called(layer in fast_path)
+            if reason is None and not uses[layer].inputs:
+                reason = NOT_CALLED
+            elif reason is None and uses[layer].read:
+                reason = READ
             if reason is None:
-                new, reason, times = _measured(layer, form, inputs[layer])
+                new, reason, times = _measured(layer, form, uses[layer].inputs)
                 if new is not None:
                     replaced[layer] = new.train(layer.training)
             weight = layer._parameters.get("weight")
@@ -143,13 +146,49 @@ def converted(model: M, report: Report, replaced: Mapping[nn.Module, nn.Module],
     return refresh(clone)
 
 
-def inputs_of(model: nn.Module, layers: Iterable[nn.Linear], example_inputs: Any) -> dict[nn.Linear, Inputs]:
-    """Return which inputs each of ``layers`` gets in one forward of ``model`` in eval mode, by shape and dtype."""
-    seen: dict[nn.Linear, Inputs] = {layer: Counter() for layer in layers}
+@dataclass(slots=True)
+class _Use:
+    """How a model uses a layer.
+
+    Args:
+        inputs: shape and dtype of the inputs that it is called with.
+        read: whether something else reads its weight.
+        running: whether it runs just now, and reads its weight itself.
+    """
+
+    inputs: Inputs
+    read: bool = False
+    running: bool = False
+
+
+class _Noted(nn.Linear):
+    """A ``Linear`` layer, for one forward of its model, that notes its use; no hook, since parents look for hooks."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        use = vars(self)["_use"]
+        use.inputs[input.shape, input.dtype] += 1
+        use.running = True
+        try:
+            return super().forward(input)
+        finally:
+            use.running = False
+
+    def __getattr__(self, name: str) -> Any:
+        use = vars(self)["_use"]
+        use.read |= name == "weight" and not use.running
+        return super().__getattr__(name)
+
+
+def _uses(model: nn.Module, layers: Iterable[nn.Linear], example_inputs: Any) -> dict[nn.Linear, _Use]:
+    """Return how one forward of ``model`` in eval mode uses each of ``layers``, which are plain ``nn.Linear``."""
+    uses = {layer: _Use(Counter()) for layer in layers}
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
     training = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=devices), _watching(seen):
+    with torch.random.fork_rng(devices=devices):
         try:
+            for layer, use in uses.items():
+                vars(layer)["_use"] = use
+                layer.__class__ = _Noted
             model.eval()
             if isinstance(example_inputs, Mapping):
                 model(**example_inputs)
@@ -158,35 +197,25 @@ def inputs_of(model: nn.Module, layers: Iterable[nn.Linear], example_inputs: Any
             else:
                 model(example_inputs)
         finally:
+            for layer in uses:
+                layer.__class__ = nn.Linear
+                vars(layer).pop("_use", None)
             for module, mode in training:
                 module.training = mode
-    return seen
+    return uses
 
 
-@contextmanager
-def _watching(seen: Mapping[nn.Linear, Inputs]) -> Iterator[None]:
-    """Note the inputs of layers, without hooks: what parents do may depend on whether there are hooks."""
-
-    def watched(layer: nn.Linear) -> Callable[..., Tensor]:
-        forward = layer.forward
-
-        def note(input: Tensor) -> Tensor:
-            seen[layer][input.shape, input.dtype] += 1
-            return forward(input)
-
-        return note
-
-    try:
-        for layer in seen:
-            vars(layer)["forward"] = watched(layer)
-        yield
-    finally:
-        for layer in seen:
-            vars(layer).pop("forward", None)
-
-
-def _single_row(layer: nn.Linear) -> Inputs:
-    return Counter([(torch.Size([1, layer.in_features]), layer.weight.dtype)])
+def _single_rows(model: nn.Module, layers: Iterable[nn.Linear]) -> dict[nn.Linear, _Use]:
+    """Return what stands in for the uses of ``layers`` without an example: a row each, where they are called at all."""
+    passed_by: set[nn.Module] = set()
+    if torch.backends.mha.get_fastpath_enabled():
+        for parent in model.modules():
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                passed_by |= {parent.linear1, parent.linear2}
+    return {
+        layer: _Use(Counter([] if layer in passed_by else [(torch.Size([1, layer.in_features]), layer.weight.dtype)]))
+        for layer in layers
+    }
 
 
 def _measured(
@@ -205,7 +234,9 @@ def _measured(
         return None, f"cannot be computed so here: {str(error).strip().splitlines()[0]}", None
     dense, *others = seconds
     best = min(others)
-    where = f"on {', '.join(str(tuple(shape)) for shape, _ in inputs)}, {torch.get_num_threads()} thread(s)"
+    shapes = [str(tuple(shape)) for shape, _ in inputs]
+    shown = ", ".join(shapes if len(shapes) < 4 else [*shapes[:2], f"{len(shapes) - 2} other shapes"])
+    where = f"on {shown}, {torch.get_num_threads()} thread(s)"
     if best >= dense:
         return None, f"dense is faster: sparse has {dense / best:.2f} times its speed {where}", (dense, best)
     return choices[1 + others.index(best)], f"{dense / best:.2f} times as fast as dense {where}", (dense, best)
@@ -230,25 +261,6 @@ def _obstacle(layer: nn.Linear, form: Format) -> str | None:
     if type(weight) is not nn.Parameter or weight.layout != torch.strided:
         return f"has a weight that is a {type(weight).__name__}, not a dense nn.Parameter"
     return form.obstacle(weight.detach())
-
-
-def _not_called(fast_path: bool) -> str:
-    if fast_path:
-        return (
-            "is passed by: TransformerEncoderLayer reads its weight for a fused kernel. "
-            "Call torch.backends.mha.set_fastpath_enabled(False) here and where the model serves"
-        )
-    return (
-        "is not called on example_inputs: it is not needed for them, or its parent reads its weight for a kernel of its"
-        " own (TransformerEncoderLayer: torch.backends.mha.set_fastpath_enabled(False) turns that off)"
-    )
-
-
-def _read_by_the_fast_path(model: nn.Module) -> set[nn.Module]:
-    if not torch.backends.mha.get_fastpath_enabled():
-        return set()
-    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    return {child for layer in layers for child in (layer.linear1, layer.linear2)}
 
 
 def _sparsity(weight: Tensor | None) -> float:
