@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from snapshots import Snapshot
 from torch import nn
@@ -49,7 +49,10 @@ def reasons(report):
 
 def test_a_large_layer_is_measured_to_be_faster_and_a_small_one_is_not():
     torch.manual_seed(0)
-    model = nn.Sequential(sparse(nn.Linear(2048, 4096), 0.98), nn.ReLU(), sparse(nn.Linear(4096, 8), 0.98))
+    model = nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 8))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.mul_(torch.rand(layer.weight.shape) < 0.02)
     report = tpe.csr_report(model)
     assert [row.converted for row in report.rows] == [True, False]
     large, small = report.rows
@@ -79,6 +82,7 @@ def test_only_what_is_sparse_enough_is_converted_and_the_original_stays():
     assert not mine & {id(tensor) for tensor in [*fast.parameters(), *fast.buffers()]}
 
 
+@settings(max_examples=30)
 @given(zeros=st.integers(0, 40), least=st.sampled_from([0.0, 0.1, 0.3, 0.7, 0.8, 0.9, 1.0]))
 def test_exactly_as_many_zeros_are_enough(zeros, least):
     layer = nn.Linear(8, 5)
