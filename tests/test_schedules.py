@@ -118,7 +118,7 @@ def test_one_shot_and_steps_are_checked_too():
     for bad, error in (({"step": -1}, ValueError), ({"sparsity": 1}, ValueError), ({"step": 0.5}, TypeError)):
         with pytest.raises(error, match=f"{next(iter(bad))}="):
             one_shot(**{"step": 0, "sparsity": 0.5, **bad})
-    with pytest.raises(TypeError, match="step=0.5"):
+    with pytest.raises(TypeError, match=r"step=0\.5"):
         linear(0, 2, final=0.5)(0.5)
     with pytest.raises(ValueError, match="step=-1"):
         linear(0, 2, final=0.5)(-1)
