@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(torchprune_ext.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "_checks",
+    "_tables",
     "_ranks",
     "criteria",
     "patterns",
@@ -69,6 +70,10 @@ ORDER = [
     "compensation.calls",
     "compensation.baseline",
     "compensation.rounds",
+    "workflow.apportion",
+    "workflow.budgets",
+    "workflow.targets",
+    "workflow.allocation",
     "plots",
     "__main__",
 ]  # the map of CONTRIBUTING.md, from the ground up; a package's __init__ stands behind its last module
