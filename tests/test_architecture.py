@@ -73,6 +73,8 @@ ORDER = [
     "workflow.apportion",
     "workflow.budgets",
     "workflow.targets",
+    "workflow.sensitivity",
+    "workflow.least_drop",
     "workflow.allocation",
     "plots",
     "__main__",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torchprune_ext._host import Target, as_one, install, targets_of, warn_of_ze
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._scoring import tied_at
-from torchprune_ext._statistics import check_kind
+from torchprune_ext._statistics import Key, check_kind
 from torchprune_ext.masks import entry_mask
 from torchprune_ext.methods import GlobalPruning
 from torchprune_ext.selection import ALONE, CHUNK, Cut, Scores, keeps, select_with_floors
@@ -51,6 +51,9 @@ class Budget:
     target_sparsity: float | None
     min_keep: float
     param: str = "target_sparsity"
+
+    compares: ClassVar[bool] = True
+    """Whether scores of different tensors compete."""
 
     def check(self) -> None:
         """Raise unless the arguments are of the right types and in range."""
@@ -130,6 +133,10 @@ class Listed:
     def everywhere(self) -> tuple[Target, ...]:
         """Return the tensor at all of its places."""
         return (self.target, *self.aliases)
+
+    def pairs(self) -> list[Key]:
+        """Return module and name at all of its places."""
+        return [(target.module, target.name) for target in self.everywhere()]
 
 
 def groups_of(params: Params, param: str = "params") -> list[Listed]:
@@ -261,7 +268,7 @@ def _warn_of_floors(
     for listed, part, cut in zip(groups, parts, cuts, strict=True):
         alive = part.count_alive()
         floor = budget.floor(alive, len(part))
-        if 0 < floor < alive and floor <= LITTLE * len(part) and not keeps(part, cut, floor + 1):
+        if budget.compares and 0 < floor < alive and floor <= LITTLE * len(part) and not keeps(part, cut, floor + 1):
             low.append(f"{listed.where} ({floor} of {len(part)})")
     if low:
         warn(

@@ -24,8 +24,20 @@ from torchprune_ext.global_pruning.budget import Listed, Params, groups_of, refu
 from torchprune_ext.masks import identity
 from torchprune_ext.selection import Scores, kept, select_with_floors
 from torchprune_ext.workflow.apportion import level, nearest
+from torchprune_ext.workflow.least_drop import from_sensitivity
+from torchprune_ext.workflow.sensitivity import Sensitivity, SensitivityRow, sensitivity
 
-__all__ = ["by_name", "erk", "lamp", "owl", "uniform"]
+__all__ = [
+    "Sensitivity",
+    "SensitivityRow",
+    "by_name",
+    "erk",
+    "from_sensitivity",
+    "lamp",
+    "owl",
+    "sensitivity",
+    "uniform",
+]
 
 
 def uniform(params: Params, sparsity: float) -> dict[Key, float]:
@@ -96,7 +108,7 @@ def lamp(params: Params, sparsity: float) -> dict[Key, float]:
 
     Raises:
         TypeError: as :func:`uniform`.
-        ValueError: as :func:`uniform`, weights that are not finite, or more is pruned already.
+        ValueError: as :func:`uniform`, weights that are not finite, or more is pruned already, or all of a tensor.
 
     Source: Lee, Park, Mo, Ahn & Shin 2021, *Layer-adaptive sparsity for the Magnitude-based Pruning*, arXiv:2010.07611,
     equation 4.
@@ -113,6 +125,8 @@ def lamp(params: Params, sparsity: float) -> dict[Key, float]:
         with errors_about(listed.where):
             check_finite(listed.target.name, listed.target.parameter)
             parts.append(Scores.of(identity, _lamp_scores(listed)))
+            if _size(listed) and not len(parts[-1]):
+                raise ValueError("nothing is left of it. Leave it out of params, or undo() its pruning first.")
     dead = [_size(listed) - len(part) for listed, part in zip(groups, parts, strict=True)]
     if k < sum(dead):
         raise ValueError(
@@ -256,7 +270,7 @@ def by_name(model: nn.Module, amounts: Mapping[str, float | None], params: Param
     chosen = [
         (listed, amounts[pattern]) for listed, pattern in zip(groups, decided, strict=True) if pattern is not None
     ]
-    return {key: float(amount) for listed, amount in chosen if amount is not None for key in _keys(listed)}
+    return {key: float(amount) for listed, amount in chosen if amount is not None for key in listed.pairs()}
 
 
 def _listed_twice(params: Params) -> Params:
@@ -283,15 +297,11 @@ def _asked(params: Params, sparsity: float) -> tuple[list[Listed], list[int], in
 def _amounts(groups: Sequence[Listed], counts: Sequence[int]) -> dict[Key, float]:
     """Return what fraction of each tensor ``counts`` are, under all of its names."""
     pairs = zip(groups, counts, strict=True)
-    return {key: count / max(_size(listed), 1) for listed, count in pairs for key in _keys(listed)}
+    return {key: count / max(_size(listed), 1) for listed, count in pairs for key in listed.pairs()}
 
 
 def _size(listed: Listed) -> int:
     return listed.target.parameter.numel()
-
-
-def _keys(listed: Listed) -> list[Key]:
-    return [(target.module, target.name) for target in listed.everywhere()]
 
 
 def _lamp_scores(listed: Listed) -> Tensor:

@@ -28,8 +28,7 @@ def nearest(ideal: Sequence[float], budget: int, most: Sequence[int], costs: Seq
     while spent > budget:  # the sum of ideals was rounded up
         i = max(filter(counts.__getitem__, range(len(counts))), key=lambda i: (counts[i] - ideal[i], i))
         counts[i], spent = counts[i] - 1, spent - costs[i]
-    while spent < budget:
-        free = [i for i in range(len(ideal)) if counts[i] < most[i]]
+    while spent < budget and (free := [i for i in range(len(ideal)) if counts[i] < most[i]]):
         for i in sorted(free, key=lambda i: (counts[i] - ideal[i], i)):
             if spent < budget:
                 counts[i], spent = counts[i] + 1, spent + costs[i]

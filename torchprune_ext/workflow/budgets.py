@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torchprune_ext._checks import check_amount, errors_about
 from torchprune_ext._ranks import Ranks
@@ -25,19 +25,21 @@ class Apart(Budget):
 
     shares: Mapping[Key, float] | None = None
 
+    compares: ClassVar[bool] = False
+
     def check(self) -> None:
         """Raise unless the floor is in range."""
         check_amount(self.min_keep, "min_keep")
 
     def covers(self, listed: Listed) -> bool:
         """Return whether ``listed`` is to be pruned."""
-        return self.shares is None or any(key in self.shares for key in _keys(listed))
+        return self.shares is None or any(key in self.shares for key in listed.pairs())
 
     def share(self, listed: Listed) -> float:
         """Return what ``listed`` gives."""
         if self.shares is None:
             return 1.0
-        found = {self.shares[key] for key in _keys(listed) if key in self.shares}
+        found = {self.shares[key] for key in listed.pairs() if key in self.shares}
         if len(found) > 1:
             raise ValueError(
                 f"{listed.where} is tied, and its names have different amounts, {sorted(found)}. Give it one."
@@ -97,7 +99,3 @@ class Apart(Budget):
             how: Any = "layer" if self.shares is None else ...
             return {self.param: self.target_sparsity, "scope": how, "min_keep": self.min_keep}
         return {self.param: ... if listed is None else self.share(listed), "min_keep": self.min_keep}
-
-
-def _keys(listed: Listed) -> list[Key]:
-    return [(target.module, target.name) for target in listed.everywhere()]
