@@ -13,6 +13,8 @@ from torchprune_ext.workflow.sensitivity import Sensitivity
 
 __all__ = ["from_sensitivity"]
 
+ROUNDING = 1e-9  # of a difference of metrics, relative to these
+
 
 def from_sensitivity(
     curve: Sensitivity,
@@ -71,10 +73,10 @@ def from_sensitivity(
     def ideals(drop: float) -> list[float]:
         return [_furthest(each, drop) * total for each, total in zip(knots, costs, strict=True)]
 
-    worst = max(each[-1][1] for each in knots)
-    most = min(float(max_drop), worst)
+    exact = ROUNDING * max(abs(metric) for metric in (curve.dense, *(row.metric for row in curve.rows)))
+    most = min(float(max_drop) + exact, max(each[-1][1] for each in knots))  # 0.98 - 0.96 is more than 0.02
     if sum(ideals(most)) < goal * (1 - 1e-12):
-        _refuse(curve, knots, costs, target_sparsity, float(max_drop), cost)
+        _refuse(curve, knots, costs, target_sparsity, most, f"max_drop={max_drop!r}", cost)
     ideal = level(ideals, goal, -1.0, most)  # at a negative drop nothing goes
     per_unit = [total // max(layer.units, 1) for layer, total in zip(curve.layers, costs, strict=True)]
     kept = [max(price, 1) for price in per_unit]
@@ -95,7 +97,8 @@ def _refuse(
     knots: Sequence[Sequence[tuple[float, float]]],
     costs: Sequence[int],
     target_sparsity: float,
-    max_drop: float,
+    most: float,
+    told: str,
     cost: str,
 ) -> None:
     """Raise: the target cannot be met."""
@@ -105,7 +108,7 @@ def _refuse(
         return gone / max(sum(costs), 1)
 
     furthest = ", ".join(
-        f"{layer.path} {percent(_furthest(each, max_drop))}" for layer, each in zip(curve.layers, knots, strict=True)
+        f"{layer.path} {percent(_furthest(each, most))}" for layer, each in zip(curve.layers, knots, strict=True)
     )
     drops = sorted({drop for each in knots for _, drop in each})
     enough = [drop for drop in drops if reach(drop) >= target_sparsity]
@@ -115,8 +118,8 @@ def _refuse(
         else "Measure larger sparsities, or pass a smaller target"
     )
     raise ValueError(
-        f"target_sparsity={target_sparsity!r} of the {cost} is out of reach: with max_drop={max_drop!r} the layers go "
-        f"as far as {reach(max_drop):.4f} ({furthest}). {remedy}."
+        f"target_sparsity={target_sparsity!r} of the {cost} is out of reach: with {told} the layers go "
+        f"as far as {reach(most):.4f} ({furthest}). {remedy}."
     )
 
 
