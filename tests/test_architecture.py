@@ -76,7 +76,9 @@ ORDER = [
     "workflow.sensitivity",
     "workflow.least_drop",
     "workflow.allocation",
-    "plots",
+    "plots.drawing",
+    "plots.weights",
+    "plots.curves",
     "__main__",
 ]  # the map of CONTRIBUTING.md, from the ground up; a package's __init__ stands behind its last module
 # _host knows how a module stores masks; the others read the keys of state dicts and of files
