@@ -294,6 +294,7 @@ def test_what_is_out_of_reach_is_told_with_a_remedy_that_works():
     with pytest.raises(ValueError, match=words) as caught:
         from_sensitivity(curve, 0.6, 0.1)
     enough = float(str(caught.value).partition("max_drop=0.1")[2].partition("max_drop=")[2].split()[0])
+    assert enough == pytest.approx(0.2, abs=0.002)  # where 0.5 + 0.4 * (d - 0.1) / 0.2 + 0.5 * d / 0.2 is 1.2
     assert sum(from_sensitivity(curve, 0.6, enough).values()) == pytest.approx(1.2)
     with pytest.raises(ValueError, match="Measure larger sparsities"):
         from_sensitivity(curve, 0.8)

@@ -110,13 +110,14 @@ def _refuse(
     furthest = ", ".join(
         f"{layer.path} {percent(_furthest(each, most))}" for layer, each in zip(curve.layers, knots, strict=True)
     )
-    drops = sorted({drop for each in knots for _, drop in each})
-    enough = [drop for drop in drops if reach(drop) >= target_sparsity]
-    remedy = (
-        f"max_drop={enough[0]!r} is enough; or pass a smaller target"
-        if enough
-        else "Measure larger sparsities, or pass a smaller target"
-    )
+    low, high = most, max(each[-1][1] for each in knots)
+    remedy = "Measure larger sparsities, or pass a smaller target"
+    if reach(high) >= target_sparsity:
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if reach(middle) < target_sparsity else (low, middle)
+        short = float(f"{high * 1.005:.3g}")  # rounded up
+        remedy = f"max_drop={max(short, high)!r} is enough; or pass a smaller target"
     raise ValueError(
         f"target_sparsity={target_sparsity!r} of the {cost} is out of reach: with {told} the layers go "
         f"as far as {reach(most):.4f} ({furthest}). {remedy}."
