@@ -21,7 +21,7 @@ def sensitivity(curve: Sensitivity, ax: Axes | None = None) -> Axes:
     """Draw what the metric is when one layer alone is pruned, as a line for each layer over the sparsity.
 
     Args:
-        curve: what :func:`.allocation.sensitivity` returned.
+        curve: what :func:`.workflow.sensitivity.sensitivity` returned.
         ax: where to draw; a new figure by default.
 
     Returns:

@@ -32,7 +32,7 @@ def from_sensitivity(
     one layer at a time: together they cost more, so evaluate the result.
 
     Args:
-        curve: what :func:`sensitivity` returned.
+        curve: what :func:`.sensitivity.sensitivity` returned.
         target_sparsity: fraction of all entries of these layers that shall be pruned, or, by ``cost``, of their
             multiplications, in [0, 1).
         max_drop: most that a single layer may lose, in units of the metric.

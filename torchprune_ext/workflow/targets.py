@@ -49,8 +49,8 @@ def prune_to(
     Args:
         params: ``(module, name)`` pairs, any iterable; see :func:`.prunable_parameters`.
         amounts: fraction of all units that shall be pruned in the end, in [0, 1), spent as ``scope`` says; or one for
-            each tensor, ``{(module, name): fraction}``, as :mod:`torchprune_ext.allocation` returns it. Listed tensors
-            without an entry stay as they are.
+            each tensor, ``{(module, name): fraction}``, as :mod:`torchprune_ext.workflow.allocation` returns it.
+            Listed tensors without an entry stay as they are.
         criterion: ``"magnitude"``, or scores of all tensors that are pruned, ``{(module, name): tensor}``, for example
             of :mod:`torchprune_ext.calibration`: finite, >= 0, larger means keep.
         unit: what lives or dies together, such as ``Kernel()`` or ``Channel(0)``, ranked by the root mean square of
