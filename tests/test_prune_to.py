@@ -54,7 +54,7 @@ def in_proportion(parts, shares, total, min_keep=1):
     w = [share * size for share, size in zip(shares, sizes, strict=True)]
     if goal < sum(dead) or goal > sum(top for top, weight in zip(most, w, strict=True) if weight):
         return None
-    if any(weight * goal > size * sum(w) * (1 + 1e-9) for weight, size in zip(w, sizes, strict=True)):
+    if any(weight * goal > size * sum(w) for weight, size in zip(w, sizes, strict=True)):
         return None
     counts = one_by_one(w, goal, most)
     if any(gone > count for gone, count in zip(dead, counts, strict=True)):

@@ -174,8 +174,8 @@ def geometric(start: int, end: int, every: int = 1, initial: float = 0.0, *, fin
         TypeError: an argument of the wrong type.
         ValueError: as :class:`Schedule`.
 
-    Source: Frankle & Carbin 2019, *The Lottery Ticket Hypothesis*, arXiv:1803.03635, section 2: :math:`p^{1/n}` of the
-    weights that survive the round before, in each of :math:`n` rounds.
+    Source: Frankle & Carbin 2019, *The Lottery Ticket Hypothesis*, arXiv:1803.03635, section 1: each round prunes the
+    same share of the weights that survive the round before.
 
     Example:
         >>> schedule = geometric(start=0, end=3, final=0.875)

@@ -110,8 +110,7 @@ def lamp(params: Params, sparsity: float) -> dict[Key, float]:
         TypeError: as :func:`uniform`.
         ValueError: as :func:`uniform`, weights that are not finite, or more is pruned already, or all of a tensor.
 
-    Source: Lee, Park, Mo, Ahn & Shin 2021, *Layer-adaptive sparsity for the Magnitude-based Pruning*, arXiv:2010.07611,
-    equation 4.
+    Source: Lee, Park, Mo, Ahn & Shin 2021, *Layer-adaptive sparsity for the Magnitude-based Pruning*, arXiv:2010.07611.
 
     Example:
         >>> a, b = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)

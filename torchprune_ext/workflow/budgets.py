@@ -11,8 +11,6 @@ from torchprune_ext.global_pruning.budget import Budget, Listed
 from torchprune_ext.selection import Cut, Scores, select_smallest
 from torchprune_ext.workflow.apportion import proportional
 
-ROUNDING = 1e-9  # of sums of products, relative
-
 
 @dataclass(frozen=True, slots=True)
 class Apart(Budget):
@@ -81,7 +79,7 @@ class Apart(Budget):
             raise ValueError(f"{self.asked()}: scope= takes all of it from tensors that have less. Raise its zeros.")
         counts = proportional(weights, goal, most)
         for listed, count, weight, size, gone in zip(groups, counts, weights, sizes, dead, strict=True):
-            if weight * goal > size * sum(weights) * (1 + ROUNDING):
+            if weight * goal > size * sum(weights):
                 raise ValueError(
                     f"{listed.where}: {self.asked()} is more than scope= adds up to, {sum(weights) / sum(sizes):.4f}, "
                     f"and scaled to it, takes more than the {size} {units} of this tensor. Ask for less."
