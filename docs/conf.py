@@ -9,7 +9,7 @@ from mpl_toolkits.mplot3d import Axes3D
 from sphinx.application import Sphinx
 
 from torchprune_ext import __version__ as release  # noqa: F401
-from torchprune_ext import plots
+from torchprune_ext.plots import curves, weights
 
 project = "torchprune_ext"
 author = "torchprune_ext contributors"
@@ -23,7 +23,8 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 # What the annotations of plots mean, which imports matplotlib only when it draws.
-vars(plots).update(Axes=Axes, Axes3D=Axes3D)
+for module in (curves, weights):
+    vars(module).update(Axes=Axes, Axes3D=Axes3D)
 
 html_theme = "furo"
 html_title = "torchprune_ext"

@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(torchprune_ext.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "_checks",
+    "_tables",
     "_ranks",
     "criteria",
     "patterns",
@@ -74,7 +75,15 @@ ORDER = [
     "compensation.calls",
     "compensation.baseline",
     "compensation.rounds",
-    "plots",
+    "workflow.apportion",
+    "workflow.budgets",
+    "workflow.targets",
+    "workflow.sensitivity",
+    "workflow.least_drop",
+    "workflow.allocation",
+    "plots.drawing",
+    "plots.weights",
+    "plots.curves",
     "__main__",
 ]  # the map of CONTRIBUTING.md, from the ground up; a package's __init__ stands behind its last module
 # _host knows how a module stores masks; the others read the keys of state dicts and of files

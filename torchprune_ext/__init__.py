@@ -55,6 +55,8 @@ from torchprune_ext.methods import (
 )
 from torchprune_ext.patterns import NM, Block, Channel, Kernel, Vector
 from torchprune_ext.penalties import bn_l1_penalty
+from torchprune_ext.workflow import allocation
+from torchprune_ext.workflow.targets import plan, prune_to
 
 __version__ = "0.1.0"
 
@@ -77,6 +79,7 @@ __all__ = [
     "Threshold",
     "Vector",
     "VectorLn",
+    "allocation",
     "block_ln",
     "bn_l1_penalty",
     "bn_pairs",
@@ -111,9 +114,11 @@ __all__ = [
     "nm_structured",
     "obd_saliency",
     "patterns",
+    "plan",
     "prunable_parameters",
     "prune_and_compensate",
     "prune_in_rounds",
+    "prune_to",
     "pruned_parameters",
     "refresh",
     "remove",

@@ -96,6 +96,17 @@ def check_fraction(param: str, value: float) -> None:
         raise ValueError(f"{param}={value!r} is not a fraction. Pass a number in [0, 1].")
 
 
+def check_sparsity(param: str, value: float) -> None:
+    """Raise unless ``value``, the caller's ``param``, is a number in [0, 1), which leaves something."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{param}={value!r} is a {type(value).__name__}. Pass a sparsity in [0, 1), e.g. 0.9.")
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{param}={value!r} is not in [0, 1). Pass the fraction that shall be pruned, e.g. 0.9 for 90 %; 1 would "
+            "leave nothing."
+        )
+
+
 def check_whole(param: str, value: int, least: int) -> None:
     """Raise unless ``value``, the caller's ``param``, is an int of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -51,7 +51,7 @@ class Run:
         self.ranks = Ranks(options.get("process_group"))
         self.vectorized, self.reached, self.rehearsed = True, False, 0
         self.device = self.tensors[0].device
-        self.written: _Written | None = None
+        self.written: Written | None = None
 
     def zeros(self) -> list[Tensor]:
         """Return a zero for each tensor, at least float32, to sum up in."""
@@ -264,10 +264,10 @@ def calibrating(
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator["_Written"]:
+def left_as_it_was(model: nn.Module) -> Iterator["Written"]:
     """Let pruned tensors be plain, and put back at the end what modules hold and what a forward writes into."""
     with as_plain(model):
-        written = _Written(model)  # the masks are none of its buffers now
+        written = Written(model)  # the masks are none of its buffers now
         try:
             yield written
         finally:
@@ -299,7 +299,7 @@ def refuse_lazy(model: nn.Module) -> None:
                 )
 
 
-class _Written(TorchDispatchMode):
+class Written(TorchDispatchMode):
     """The values of what a forward may write into: buffers, tensors that modules hold, and parameters.
 
     Parameters are copied only if the first forward, which this watches, has an operation that writes into them.

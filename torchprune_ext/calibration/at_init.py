@@ -20,7 +20,7 @@ from torchprune_ext._runs import (
 )
 from torchprune_ext._statistics import ImportanceScores
 from torchprune_ext.masks import identity
-from torchprune_ext.schedules import geometric
+from torchprune_ext.schedules import geometric_mean
 from torchprune_ext.selection import Scores, kept, select_smallest
 
 
@@ -199,7 +199,7 @@ def synflow(
             scores = [(t * g).abs().detach() for t, g in zip(tensors, grads, strict=True)]
             parts = [Scores.of(identity, score, alive=mask) for score, mask in zip(scores, alive, strict=True)]
             left = sum(part.count_alive() for part in parts)
-            gone = 1 - geometric(1.0, 1 - target_sparsity, step / steps) if step < steps else target_sparsity
+            gone = 1 - geometric_mean(1.0, 1 - target_sparsity, step / steps) if step < steps else target_sparsity
             keep = total - round(total * gone) if step <= steps else 0
             cuts = select_smallest(parts, max(left - keep, 0))
             stay = [kept(part, cut).view(m.shape) for part, cut, m in zip(parts, cuts, alive, strict=True)]

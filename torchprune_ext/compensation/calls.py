@@ -25,7 +25,7 @@ from torchprune_ext.compensation.solvers import (
 from torchprune_ext.masks import nm_mask
 from torchprune_ext.methods import GlobalPruning
 from torchprune_ext.patterns import NM
-from torchprune_ext.schedules import geometric
+from torchprune_ext.schedules import geometric_mean
 
 Sparsity = float | Mapping[Key, float]
 SCORES: dict[str, Callable[[Problem, Tensor], Tensor]] = {
@@ -234,7 +234,7 @@ def _shrinking(inputs: int, target_sparsity: float | None, pattern: NM | None, s
     """Return what to keep in each step: of the ``inputs`` of a row, or of each group; falls geometrically."""
     progress = [step / steps for step in range(1, steps + 1)]
     if pattern is not None:
-        falling = {round(pattern.m * geometric(1.0, pattern.n / pattern.m, done)) for done in progress}
+        falling = {round(pattern.m * geometric_mean(1.0, pattern.n / pattern.m, done)) for done in progress}
         return [replace(pattern, n=n) for n in sorted(falling, reverse=True)]
     share = max(1 - (target_sparsity or 0.0), 1 / inputs)
-    return [max(round(inputs * geometric(1.0, share, done)), 1) for done in progress]
+    return [max(round(inputs * geometric_mean(1.0, share, done)), 1) for done in progress]

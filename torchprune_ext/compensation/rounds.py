@@ -16,7 +16,7 @@ from torchprune_ext.compensation.fitting import Fits, Task, tell
 from torchprune_ext.compensation.reference import Dense
 from torchprune_ext.global_pruning.budget import Budget
 from torchprune_ext.global_pruning.entries import global_unstructured
-from torchprune_ext.schedules import geometric
+from torchprune_ext.schedules import geometric_mean
 
 Criterion = Callable[[nn.Module], Mapping[Key, Tensor]]
 
@@ -94,7 +94,7 @@ def prune_in_rounds(
         for step in bar:
             scores = _scores(criterion, model, task)
             for (keys, goal), share in zip(budgets, left, strict=True):
-                now = 1 - geometric(share, 1 - goal, step / steps) if step < steps else goal
+                now = 1 - geometric_mean(share, 1 - goal, step / steps) if step < steps else goal
                 with errors_about("criterion(model)"):
                     global_unstructured(keys, target_sparsity=now, importance_scores={key: scores[key] for key in keys})
             found, fits = task.fit(progress=False)

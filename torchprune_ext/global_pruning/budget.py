@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torchprune_ext._host import Target, as_one, install, targets_of, warn_of_ze
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._scoring import tied_at
-from torchprune_ext._statistics import check_kind
+from torchprune_ext._statistics import Key, check_kind
 from torchprune_ext.masks import entry_mask
 from torchprune_ext.methods import GlobalPruning
 from torchprune_ext.selection import ALONE, CHUNK, Cut, Scores, keeps, select_with_floors
@@ -38,23 +38,34 @@ Normalize = Literal["mean", "max", "sum"]
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How many units of the whole list go, and how many of each tensor stay at least."""
+    """How many units of the whole list go, and how many of each tensor stay at least.
+
+    Args:
+        amount: fraction or number of what is left.
+        target_sparsity: instead of it, the fraction in the end.
+        min_keep: least number or fraction of each tensor's units.
+        param: what the caller's argument for ``target_sparsity`` is called.
+    """
 
     amount: float | None
     target_sparsity: float | None
     min_keep: float
+    param: str = "target_sparsity"
+
+    compares: ClassVar[bool] = True
+    """Whether scores of different tensors compete."""
 
     def check(self) -> None:
         """Raise unless the arguments are of the right types and in range."""
         if (self.amount is None) == (self.target_sparsity is None):
             raise TypeError(
-                f"amount={self.amount!r}, target_sparsity={self.target_sparsity!r}: pass exactly one of them. "
-                "amount counts from what is left, target_sparsity from nothing pruned."
+                f"amount={self.amount!r}, {self.param}={self.target_sparsity!r}: pass exactly one of them. "
+                f"amount counts from what is left, {self.param} from nothing pruned."
             )
         if self.amount is not None:
             check_amount(self.amount)
         elif self.target_sparsity is not None:
-            check_fraction("target_sparsity", self.target_sparsity)
+            check_fraction(self.param, self.target_sparsity)
         check_amount(self.min_keep, "min_keep")
 
     def count(self, alive: int, total: int, units: str) -> int:
@@ -64,7 +75,7 @@ class Budget:
         goal = round((self.target_sparsity or 0.0) * total)
         if goal < total - alive:
             raise ValueError(
-                f"target_sparsity={self.target_sparsity!r} is less than the {(total - alive) / total:.4f} that is "
+                f"{self.param}={self.target_sparsity!r} is less than the {(total - alive) / total:.4f} that is "
                 f"pruned already ({total - alive} of {total} {units}). Pass a larger one, or undo_all() first."
             )
         return goal - (total - alive)
@@ -75,9 +86,30 @@ class Budget:
             return min(int(self.min_keep), alive)
         return min(math.ceil(Fraction(str(float(self.min_keep))) * total), alive)  # 0.55 of 100 is 55, not 56
 
-    def arguments(self) -> dict[str, Any]:
-        """Return what the history tells of this."""
-        asked = {"amount": self.amount} if self.amount is not None else {"target_sparsity": self.target_sparsity}
+    def covers(self, listed: "Listed") -> bool:
+        """Return whether ``listed`` has a part in this."""
+        return True
+
+    def cuts(self, groups: Sequence["Listed"], parts: Sequence[Scores], units: str, ranks: Ranks) -> list[Cut]:
+        """Return the cuts that spend this on the ``parts`` of all ranks, the scores of ``groups``."""
+        alive = [part.count_alive() for part in parts]
+        floors = [self.floor(left, len(part)) for left, part in zip(alive, parts, strict=True)]
+        total, left, floor = ranks.totals(sum(map(len, parts)), sum(alive), sum(floors))
+        k = self.count(left, total, units)
+        self.check_floor(k, left, floor, units)
+        return select_with_floors(parts, k, floors, ranks)
+
+    def check_floor(self, k: int, left: int, floor: int, units: str) -> None:
+        """Raise if ``k`` units of those ``left`` would leave less than the ``floor`` of all tensors."""
+        if k > left - floor:
+            raise ValueError(
+                f"{self.asked()}: {k} {units} of {left} are to go, but the floors of the tensors add up to {floor}. "
+                "Ask for less, or pass a smaller min_keep; min_keep=0 lets whole tensors be emptied."
+            )
+
+    def arguments(self, listed: "Listed | None" = None) -> dict[str, Any]:
+        """Return what the history of ``listed``, or of any tensor, tells of this."""
+        asked = {"amount": self.amount} if self.amount is not None else {self.param: self.target_sparsity}
         return {**asked, "min_keep": self.min_keep}
 
     def asked(self) -> str:
@@ -101,6 +133,10 @@ class Listed:
     def everywhere(self) -> tuple[Target, ...]:
         """Return the tensor at all of its places."""
         return (self.target, *self.aliases)
+
+    def pairs(self) -> list[Key]:
+        """Return module and name at all of its places."""
+        return [(target.module, target.name) for target in self.everywhere()]
 
 
 def groups_of(params: Params, param: str = "params") -> list[Listed]:
@@ -126,26 +162,34 @@ def refuse_empty(groups: Sequence[Listed], param: str = "params") -> None:
         raise ValueError(f"{param}=[] lists nothing to prune. Pass what e.g. {source} finds.")
 
 
-def prune(
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """What goes: tensors, their scores, and where in these the kept ones begin."""
+
+    groups: list[Listed]
+    parts: list[Scores]
+    cuts: list[Cut]
+
+
+def choose(
     call: str,
     params: Params,
     budget: Budget,
     units: str,
     score: Callable[[Target], Scores],
-    spread: Callable[[Target, Scores, Cut], Iterable[tuple[Target, Tensor]]],
     process_group: Any = None,
     reduce: str | None = None,
     *,
     param: str = "params",
     **arguments: Any,
-) -> None:
-    """Score all tensors, spend the budget on all units, spread each cut into masks, and install all or nothing."""
+) -> Chosen:
+    """Score all tensors and spend the budget on all units; nothing is changed."""
     ranks = Ranks(process_group)
     with ranks.together():
         budget.check()
         if reduce not in (None, "mean") or (reduce and process_group is None):
             raise ValueError(f"reduce={reduce!r} must be None, or 'mean' together with a process_group.")
-        groups = groups_of(params, param)
+        groups = [listed for listed in groups_of(params, param) if budget.covers(listed)]
         if process_group is None:
             refuse_empty(groups, param)
         warn_of_zeros({listed.where: listed.target for listed in groups})
@@ -160,7 +204,26 @@ def prune(
     if reduce:
         parts = [replace(p, inputs=(*p.inputs[:-1], ranks.mean(p.inputs[-1].to(p.dtype)))) for p in parts]
     with ranks.together() if reduce else nullcontext():
-        cuts = _cuts(budget, parts, units, ALONE if reduce else ranks)
+        return Chosen(groups, parts, budget.cuts(groups, parts, units, ALONE if reduce else ranks))
+
+
+def prune(
+    call: str,
+    params: Params,
+    budget: Budget,
+    units: str,
+    score: Callable[[Target], Scores],
+    spread: Callable[[Target, Scores, Cut], Iterable[tuple[Target, Tensor]]],
+    process_group: Any = None,
+    reduce: str | None = None,
+    *,
+    param: str = "params",
+    **arguments: Any,
+) -> None:
+    """Choose what goes, spread each cut into masks, and install all or nothing."""
+    ranks = Ranks(process_group)
+    chosen = choose(call, params, budget, units, score, process_group, reduce, param=param, **arguments)
+    groups, parts, cuts = chosen.groups, chosen.parts, chosen.cuts
     with ranks.together():
         _warn_of_positions(call, units, groups, parts, cuts)
         _warn_of_floors(call, units, budget, groups, parts, cuts)
@@ -174,20 +237,6 @@ def prune(
         raise RuntimeError("reduce='mean': the masks differ between ranks, so weights or earlier masks do. Sync them.")
     with all_or_nothing(target.module for _, target, _, _ in masks), ranks.together():
         install_all(call, budget, masks)
-
-
-def _cuts(budget: Budget, parts: Sequence[Scores], units: str, ranks: Ranks) -> list[Cut]:
-    """Return the cuts that spend ``budget`` on the ``parts`` of all ranks."""
-    alive = [part.count_alive() for part in parts]
-    floors = [budget.floor(left, len(part)) for left, part in zip(alive, parts, strict=True)]
-    total, left, floor = ranks.totals(sum(map(len, parts)), sum(alive), sum(floors))
-    k = budget.count(left, total, units)
-    if k > left - floor:
-        raise ValueError(
-            f"{budget.asked()}: {k} {units} of {left} are to go, but the floors of the tensors add up to {floor}. "
-            "Ask for less, or pass a smaller min_keep; min_keep=0 lets whole tensors be emptied."
-        )
-    return select_with_floors(parts, k, floors, ranks)
 
 
 def _warn_of_positions(
@@ -219,7 +268,7 @@ def _warn_of_floors(
     for listed, part, cut in zip(groups, parts, cuts, strict=True):
         alive = part.count_alive()
         floor = budget.floor(alive, len(part))
-        if 0 < floor < alive and floor <= LITTLE * len(part) and not keeps(part, cut, floor + 1):
+        if budget.compares and 0 < floor < alive and floor <= LITTLE * len(part) and not keeps(part, cut, floor + 1):
             low.append(f"{listed.where} ({floor} of {len(part)})")
     if low:
         warn(
@@ -239,8 +288,9 @@ def install_all(call: str, budget: Budget, masks: Sequence[tuple[Listed, Target,
         ]
         if emptied:
             warn(f"{call}: min_keep={budget.min_keep!r} lets be emptied: {'; '.join(emptied)}.")
-    told = budget.arguments()
-    entries = [(target, GlobalPruning(call, **told, **more), mask) for _, target, mask, more in masks]
+    entries = [
+        (target, GlobalPruning(call, **budget.arguments(listed), **more), mask) for listed, target, mask, more in masks
+    ]
     for listed in dict.fromkeys(listed for listed, *_ in masks):
         as_one([entry for entry, (other, *_) in zip(entries, masks, strict=True) if other is listed])
     install(entries)

@@ -1,5 +1,6 @@
 """One budget over the entries of many tensors."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torchprune_ext import criteria
@@ -67,14 +68,7 @@ def global_unstructured(
         >>> a.weight_mask, b.weight_mask  # one of each tensor stays: 3 went instead of 2
         (tensor([[0., 1.]]), tensor([[0., 1.]]))
     """
-
-    def score(target: Target) -> Scores:
-        if importance_scores is None:
-            check_finite(target.name, target.parameter)
-            return Scores.of(criteria.magnitude, target.parameter, alive=target.mask)
-        return Scores.of(identity, scores_for(importance_scores, target), alive=target.mask)
-
-    budget = Budget(amount, target_sparsity, min_keep)
+    score, budget = scoring_of_entries(importance_scores), Budget(amount, target_sparsity, min_keep)
     told = given(importance_scores=importance_scores)
     prune("global_unstructured", params, budget, "entries", score, spread_entries, process_group, reduce, **told)
 
@@ -165,3 +159,15 @@ def global_obd_saliency(
 
     budget = Budget(amount, target_sparsity, min_keep)
     prune("global_obd_saliency", params, budget, "entries", score, spread_entries, process_group, reduce)
+
+
+def scoring_of_entries(importance_scores: PerParameter | None) -> Callable[[Target], Scores]:
+    """Return how entries are scored: by what is given for them, or by their size."""
+
+    def score(target: Target) -> Scores:
+        if importance_scores is None:
+            check_finite(target.name, target.parameter)
+            return Scores.of(criteria.magnitude, target.parameter, alive=target.mask)
+        return Scores.of(identity, scores_for(importance_scores, target), alive=target.mask)
+
+    return score

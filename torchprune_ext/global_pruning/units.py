@@ -226,6 +226,16 @@ def _prune_units(
         if normalize not in (None, "mean", "max", "sum"):
             raise ValueError(f"normalize={normalize!r} is unknown. Pass 'mean', 'max', 'sum' or None.")
 
+    score, spread = scoring_of_units(pattern, n, importance_scores, normalize)
+    told = {"n": n, **arguments, "normalize": normalize, **given(importance_scores=importance_scores)}
+    prune(call, params, budget, pattern.units, score, spread, process_group, **told)
+
+
+def scoring_of_units(
+    pattern: Unit, n: float, importance_scores: PerParameter | None, normalize: str | None
+) -> tuple[Callable[[Target], Scores], Callable[[Target, Scores, Cut], Iterator[tuple[Target, Tensor]]]]:
+    """Return how units are scored, by their normalized norms, and how what is kept of them becomes a mask."""
+
     def score(target: Target) -> Scores:
         scores = weights_or_scores(importance_scores, target)
         part = unit_scores(scores, pattern, n, target.mask)
@@ -237,8 +247,7 @@ def _prune_units(
     def spread(target: Target, part: Scores, cut: Cut) -> Iterator[tuple[Target, Tensor]]:
         yield target, unit_mask(kept(part, cut), pattern, target.parameter, target.mask)
 
-    told = {"n": n, **arguments, "normalize": normalize, **given(importance_scores=importance_scores)}
-    prune(call, params, budget, pattern.units, score, spread, process_group, **told)
+    return score, spread
 
 
 def _normalized(norms: Tensor, normalize: str | None, n: float, entries: int) -> Tensor:

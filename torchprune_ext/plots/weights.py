@@ -1,12 +1,4 @@
-"""Pictures of pruned tensors and models, in colours that do not depend on telling red from green.
-
-Every function draws on ``ax``, or on a new figure without it, and returns what it drew on; none of them shows, saves or
-changes a setting of matplotlib. matplotlib comes with the extra ``plots`` and is imported only when a picture is drawn.
-
-An entry is pruned where its mask is 0, or, in a tensor without a mask, where its value is exactly 0. So a model looks
-the same before and after its pruning is made permanent. A tensor that several modules share (tied weights) is drawn
-under each of their names.
-"""
+"""Pictures of pruned tensors and of the weights of models."""
 
 from __future__ import annotations
 
@@ -22,16 +14,14 @@ from torch.nn.parameter import is_lazy
 
 from torchprune_ext._checks import check_module
 from torchprune_ext._host import pruned
+from torchprune_ext.plots.drawing import CUBE, DENSE, KEPT, LINE, PRUNED, check_ax, import_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 
-KEPT = "#0072B2"  # blues and orange of Okabe and Ito's palette, told apart by everyone and in print
-CUBE = "#56B4E9"  # the lit side of a kept cube
-DENSE = "#E69F00"
-PRUNED = "#E9E9E9"
-LINE = "#4D4D4D"
+__all__ = ["density_bars", "mask_cubes", "mask_image", "weight_histograms"]
+
 SMALLEST_TEXT = 5.0  # points; values that would have to be smaller are left out
 MOST_CUBES = 10_000  # more take minutes, and none of them can be told from the next
 
@@ -60,13 +50,13 @@ def mask_image(tensor: Tensor, ax: Axes | None = None) -> Axes:
         >>> ax.get_images()[0].get_array().tolist()
         [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     from matplotlib.colors import ListedColormap
 
     values = _values_with_axes("mask_image", tensor, 2, "Pass e.g. tensor.reshape(len(tensor), -1).")
     if ax is None:
         ax = pyplot.subplots(layout="constrained")[1]
-    _check_ax("ax", ax)
+    check_ax("ax", ax)
     rows, columns = values.shape
     kept = (values != 0).double()
     ax.imshow(kept.numpy(), cmap=ListedColormap([PRUNED, KEPT]), vmin=0, vmax=1)
@@ -106,7 +96,7 @@ def mask_cubes(tensor: Tensor, ax: Axes3D | None = None) -> Axes3D:
         >>> [text.get_text() for text in ax.texts]
         ['filter 0', 'filter 1', 'channel 0', 'channel 1', 'channel 2']
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     kept = _values_with_axes("mask_cubes", tensor, 4, "Use mask_image for a matrix.") != 0
     if kept.numel() > MOST_CUBES:
         raise ValueError(
@@ -115,7 +105,7 @@ def mask_cubes(tensor: Tensor, ax: Axes3D | None = None) -> Axes3D:
         )
     if ax is None:
         ax = pyplot.figure(figsize=(6, 4)).add_subplot(projection="3d")
-    _check_ax("ax", ax, "3d")
+    check_ax("ax", ax, "3d")
     filters, channels, height, width = kept.shape
     left = [1.6 * width * number for number in range(filters)]
     bottom = [1.5 * (channels - 1 - number) for number in range(channels)]
@@ -166,7 +156,7 @@ def weight_histograms(model: nn.Module, axes: Iterable[Axes] | None = None) -> l
         >>> [ax.get_title() for ax in axes]
         ['0.weight: 100.0 % kept', '2.weight: 100.0 % kept']
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     weights = [weight for weight in _weights("model", model) if weight.is_drawn]
     _check_any("model", model, weights)
     for weight in weights:
@@ -182,7 +172,7 @@ def weight_histograms(model: nn.Module, axes: Iterable[Axes] | None = None) -> l
     else:
         raise TypeError(f"axes={axes!r} is a {type(axes).__name__}. Pass several axes, e.g. [ax] for one.")
     for place, ax in enumerate(chosen):
-        _check_ax(f"axes[{place}]", ax)
+        check_ax(f"axes[{place}]", ax)
     if len(chosen) < len(weights):
         raise ValueError(
             f"axes are {len(chosen)}, too few for the {len(weights)} weights of {type(model).__name__}. Pass one for "
@@ -223,7 +213,7 @@ def density_bars(model: nn.Module, after: nn.Module | None = None, ax: Axes | No
         >>> [text.get_text() for text in ax.texts]
         ['75.0 % (9 of 12)', '100.0 % (6 of 6)']
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     rounds = [{weight.label: weight for weight in _weights("model", model)}]
     if after is not None:
         rounds.append({weight.label: weight for weight in _weights("after", after)})
@@ -232,7 +222,7 @@ def density_bars(model: nn.Module, after: nn.Module | None = None, ax: Axes | No
     _check_any("model", model, labels)
     if ax is None:
         ax = pyplot.subplots(figsize=(7, 1 + 0.35 * len(rounds) * len(labels)), layout="constrained")[1]
-    _check_ax("ax", ax)
+    check_ax("ax", ax)
     thickness = 0.8 / len(rounds)
     for number, weights in enumerate(rounds):
         kept = [weights[label].kept for label in labels]
@@ -376,17 +366,6 @@ def _values_with_axes(function: str, tensor: Tensor, count: int, remedy: str) ->
     return _on_cpu(tensor)
 
 
-def _check_ax(param: str, ax: object, projection: str = "rectilinear") -> None:
-    """Raise ``TypeError`` unless ``ax``, the caller's ``param``, is axes of matplotlib of that ``projection``."""
-    from matplotlib.axes import Axes
-
-    example = "figure.add_subplot(projection='3d')" if projection == "3d" else "figure.add_subplot()"
-    if not isinstance(ax, Axes):
-        raise TypeError(f"{param} is a {type(ax).__name__}. Pass matplotlib axes, e.g. {example}.")
-    if ax.name != projection:
-        raise TypeError(f"{param} has the projection {ax.name!r}, not {projection!r}. Pass e.g. {example}.")
-
-
 def _check_drawable(where: str, tensor: Tensor) -> None:
     """Raise unless ``tensor``, for errors ``where``, has real values that can be read here."""
     if tensor.is_meta:
@@ -419,12 +398,3 @@ def _cube_colours(kept: Tensor) -> tuple[list[Any], list[Any]]:
     faces = [face for one in alive for face in (solid if one else faint)]
     edges = [to_rgba("white") if one else to_rgba(LINE, 0.12) for one in alive for _ in range(6)]
     return faces, edges
-
-
-def _import_pyplot() -> Any:
-    """Return ``matplotlib.pyplot``, or say which extra brings it."""
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("matplotlib is not installed: pip install torchprune-ext[plots]") from error
-    return pyplot
