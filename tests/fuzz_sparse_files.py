@@ -1,4 +1,4 @@
-"""Damages valid files in every way it can think of, and sees what load_sparse and inspect make of them.
+"""Damages valid files in every way it can think of, and sees what load_sparse, load_compact and inspect make of them.
 
 Allowed are the file's own content, a ``ValueError`` that names the file, and nothing else: no other exception, no
 request for memory that the length of the file cannot back, no long wait, and not one changed bit in a model whose file
@@ -53,6 +53,27 @@ class Tiny(nn.Module):
         self.register_buffer("wide", torch.randn(3, dtype=torch.complex128))
         self.register_buffer("empty", torch.empty(0, 3))
         self.register_buffer("count", torch.tensor(7))
+
+
+class Cut(nn.Module):
+    """A model of any widths, with what a cut changes: numbers, biases, ties, buffers outside of the state dict."""
+
+    def __init__(self, width: int = 6, groups: int = 3, *, bias: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2 * groups, 3, groups=1, bias=bias)
+        self.grouped = nn.Conv2d(2 * groups, 2 * groups, 1, groups=groups)
+        self.bn = nn.BatchNorm2d(2 * groups)
+        self.lstm, self.norm = nn.LSTM(width, 2), nn.LayerNorm(width)
+        self.linear, self.embedding = nn.Linear(width, 30), nn.Embedding(30, width)
+        self.linear.weight = self.embedding.weight
+        self.again, self.split = self.linear, (width, width, 2 * width)
+        self.register_buffer("gains", torch.rand(width), persistent=False)
+
+
+def small() -> Cut:
+    model = Cut(4, 2, bias=True)
+    prune.random_unstructured(model.linear, "bias", 0.8)
+    return model
 
 
 def pruned() -> Tiny:
@@ -184,8 +205,10 @@ def damaged(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
             header = edit_json(header, rng)
         else:
             table = json.loads(header)
-            if "torchprune_ext" in table["__metadata__"]:
-                table["__metadata__"]["torchprune_ext"] = edit_json(table["__metadata__"]["torchprune_ext"], rng)
+            said = [key for key in table["__metadata__"] if key.startswith("torchprune_ext")]
+            if said:
+                key = rng.choice(said)
+                table["__metadata__"][key] = edit_json(table["__metadata__"][key], rng)
             header = json.dumps(table)
         encoded = header.encode("utf-8", "surrogatepass")
         data = bytearray(len(encoded).to_bytes(8, "little") + encoded + raw[8 + length :])
@@ -235,6 +258,9 @@ def seeds(folder: pathlib.Path) -> list[bytes]:
     for model in (pruned(), Tiny(), pruned()):
         tpe.save_sparse(model, folder / "seed")
         files.append((folder / "seed").read_bytes())
+    for model in (small(), Cut()):
+        tpe.save_compact(model, folder / "seed")
+        files.append((folder / "seed").read_bytes())
     header = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"format": "pt"}}
     encoded = json.dumps(header).encode()
     files.append(len(encoded).to_bytes(8, "little") + encoded + bytes(range(24)))
@@ -255,13 +281,18 @@ def fuzz(files: int, seed: int, folder: pathlib.Path) -> Counter:
     torch.manual_seed(seed)
     valid, model, counts = seeds(folder), Tiny(), Counter()
     before, path = bits(model), folder / "damaged"
+    calls = {
+        "load": lambda: tpe.load_sparse(model, path),
+        "build": lambda: tpe.load_compact(Cut, path),
+        "inspect": lambda: describe(path),
+    }
     with Requests():  # what torch imports on first use takes seconds
         torch.ones(1).add_(1)
     for number in range(files):
         raw = damaged(rng.choice(valid), valid, rng)
         path.unlink(missing_ok=True)  # a file that is cut to nothing first is flushed to the disk when closed
         path.write_bytes(raw)
-        for name, call in (("load", lambda: tpe.load_sparse(model, path)), ("inspect", lambda: describe(path))):
+        for name, call in calls.items():
             requests = Requests()
             start, outcome, problems = time.process_time(), "accepted", []
             try:
@@ -303,8 +334,8 @@ def main() -> int:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="fuzz-"))
     counts = fuzz(options.files, options.seed, folder)
     print(f"{options.files} damaged files in {time.perf_counter() - start:.0f} s")
-    for name in ("load accepted", "load refused", "inspect accepted", "inspect refused"):
-        print(f"  {name}: {counts[name]}")
+    for name in ("load", "build", "inspect"):
+        print(f"  {name} accepted: {counts[f'{name} accepted']}, refused: {counts[f'{name} refused']}")
     bad = {name: counts[name] for name in ("CRASH", "HANG", "ALLOCATION", "MODEL", "TWICE")}
     print(
         "crashes {CRASH}, hangs {HANG}, allocations beyond the bound {ALLOCATION}, models changed {MODEL}, ".format(

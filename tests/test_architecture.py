@@ -52,6 +52,7 @@ ORDER = [
     "deploy.reading",
     "deploy.slots",
     "deploy.sparse_files",
+    "deploy.compact_files",
     "deploy.inspection",
     "methods.base",
     "methods.entries",

@@ -11,6 +11,7 @@ from torchprune_ext.compensation import (
     sparsegpt,
 )
 from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
+from torchprune_ext.deploy.compact_files import load_compact, save_compact
 from torchprune_ext.deploy.copying import copy_pruned, copyable, refresh
 from torchprune_ext.deploy.csr import CSRLinear, csr_report, to_csr
 from torchprune_ext.deploy.freezing import frozen
@@ -107,6 +108,7 @@ __all__ = [
     "history",
     "keep_zeros",
     "kernel_ln",
+    "load_compact",
     "load_pruned_state_dict",
     "load_sparse",
     "mask_zeros",
@@ -123,6 +125,7 @@ __all__ = [
     "refresh",
     "remove",
     "remove_all",
+    "save_compact",
     "save_sparse",
     "schedules",
     "selection",

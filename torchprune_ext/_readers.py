@@ -94,6 +94,11 @@ def store_again(module: nn.Module) -> None:
             module.__class__ = plain
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module has while nothing of it is pruned."""
+    return next((plain for plain, computing in CLASSES.items() if type(module) is computing), type(module))
+
+
 def refuse_unseen(module: nn.Module) -> None:
     """Raise ``ValueError`` if nothing can tell when a parent reads the tensors of ``module``."""
     known = {*CLASSES, *CLASSES.values()}

@@ -26,6 +26,7 @@ class SparseFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         metadata, self._parts = read_header(file)
+        self.metadata = metadata
         if "torchprune_ext" not in metadata:
             raise ValueError(
                 "the file was not written by save_sparse. Load a dense safetensors file with the safetensors package."

@@ -1,7 +1,8 @@
 """The tensors of a model that a file holds, under the names that they have in a dense model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -64,8 +65,12 @@ def row(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
 
 
-def slots_of(model: nn.Module) -> dict[str, Slot]:
+def slots_of(model: nn.Module, *, non_persistent: bool = False) -> dict[str, Slot]:
     """Return the tensors of a model's state dict by their names in the dense model, checked.
+
+    Args:
+        model: any module, pruned or not.
+        non_persistent: return the buffers that the state dict leaves out, too.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -77,11 +82,12 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
     for path, module in model.named_modules(remove_duplicate=False):
         targets = {target.stored_name: target for target in pruned(module, recurse=False)}
         masks = {f"{target.name}_mask" for target in targets.values()}
-        buffers = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
-        for name, tensor in {**module._parameters, **buffers}.items():
-            if tensor is None:
+        left_out = module._non_persistent_buffers_set
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is None or (name in left_out and not non_persistent):
                 continue
-            raw.add(f"{path}.{name}" if path else name)
+            if name not in left_out:
+                raw.add(f"{path}.{name}" if path else name)
             if name not in masks:
                 target = targets.get(name)
                 dense = name if target is None else target.name
@@ -138,6 +144,19 @@ def listed(names: list[str]) -> str:
     """Return names for a message: the first ten, and how many more."""
     rest = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(short(name) for name in names[:10]) + rest
+
+
+def check_names(what: str, there: Iterable[str], here: Iterable[str], remedy: str) -> None:
+    """Raise ``ValueError`` unless file and model have the same ``what``, by name."""
+    surplus, missing = sorted(set(there) - set(here)), sorted(set(here) - set(there))
+    if surplus or missing:
+        near = [(n, close[0]) for n in surplus[:10] if (close := get_close_matches(n[:200], missing[:2000], 1))]
+        raise ValueError(
+            f"{len(surplus)} {what} of the file are not in the model: {listed(surplus) or 'none'}; "
+            f"{len(missing)} of the model are not in the file: {listed(missing) or 'none'}."
+            + "".join(f" {short(a)} is close to {short(b)}." for a, b in near)
+            + f" {remedy}"
+        )
 
 
 def _step(method: BasePruningMethod) -> str:

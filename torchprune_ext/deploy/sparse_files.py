@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from torchprune_ext.deploy.encodings import (
     pack_gaps,
 )
 from torchprune_ext.deploy.reading import VERSION, SparseFile
-from torchprune_ext.deploy.slots import Slot, listed, row, same_mask, slots_of
+from torchprune_ext.deploy.slots import Slot, check_names, row, same_mask, slots_of
 
 # --- save -----------------------------------------------------------------------------------------
 
@@ -61,7 +60,11 @@ def save_sparse(model: nn.Module, path: "str | os.PathLike[str]") -> None:
         >>> bool((fresh.weight == layer.weight).all()), share < 0.14
         (True, True)
     """
-    slots = slots_of(model)
+    write_file(slots_of(model), path, {})
+
+
+def write_file(slots: dict[str, Slot], path: "str | os.PathLike[str]", more: Mapping[str, str]) -> None:
+    """Write tensors to a sparse file, with ``more`` in its metadata."""
     aliases = _aliases(slots)
     slots = {name: slot for name, slot in slots.items() if name not in aliases}
     layouts = {name: _choose(slot) for name, slot in slots.items()}
@@ -76,7 +79,7 @@ def save_sparse(model: nn.Module, path: "str | os.PathLike[str]") -> None:
             owners[key], parts[key] = name, part
     said = {name: entry for name, layout in layouts.items() if (entry := layout.as_json()) is not None}
     about = {"version": VERSION, "tensors": said, "aliases": aliases}
-    metadata = {"format": "pt", "torchprune_ext": json.dumps(about, ensure_ascii=False, separators=(",", ":"))}
+    metadata = {"format": "pt", "torchprune_ext": as_json(about), **more}
     try:
         header, order = make_header(parts, metadata)
     except UnicodeEncodeError as error:
@@ -87,6 +90,11 @@ def save_sparse(model: nn.Module, path: "str | os.PathLike[str]") -> None:
             name = owners[key]
             for block in _data(slots[name], layouts[name], key.removeprefix(name)):
                 file.write(to_bytes(block))
+
+
+def as_json(value: object) -> str:
+    """Return ``value`` as the JSON that the metadata of a file hold."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _aliases(slots: dict[str, Slot]) -> dict[str, str]:
@@ -210,16 +218,7 @@ def _write(slot: Slot, found: SparseFile, name: str) -> None:
 
 def _check_fit(slots: dict[str, Slot], found: SparseFile) -> None:
     """Raise ``ValueError`` unless the tensors of file and model have the same names, shapes and dtypes."""
-    there = found.names()
-    surplus, missing = [n for n in there if n not in slots], sorted(slots.keys() - set(there))
-    if surplus or missing:
-        near = [(n, close[0]) for n in surplus[:10] if (close := get_close_matches(n[:200], missing[:2000], 1))]
-        raise ValueError(
-            f"{len(surplus)} tensors of the file are not in the model: {listed(surplus) or 'none'}; "
-            f"{len(missing)} of the model are not in the file: {listed(missing) or 'none'}."
-            + "".join(f" {short(a)} is close to {short(b)}." for a, b in near)
-            + " Load into a model of the same architecture and names."
-        )
+    check_names("tensors", found.names(), slots, "Load into a model of the same architecture and names.")
     for name, slot in slots.items():
         layout, tensor = found.layouts[found.of(name)], slot.tensor
         if layout.shape != tuple(tensor.shape):
