@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml
 	@echo "== install into .venv: the package, what it needs, and the test tools (PyTorch is large: minutes)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "pip>=22"
-	$(BIN)/python -m pip install --editable ".[test]"
+	$(BIN)/python -m pip install --editable ".[test,onnx]"
 	@touch $@
 
 demo: $(INSTALLED)
