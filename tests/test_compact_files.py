@@ -218,6 +218,16 @@ def test_what_the_file_decides_and_what_the_constructor_does(tmp_path):
     assert loaded[1].p == 0.5
 
 
+def test_channels_that_come_last_do_so_again(tmp_path):
+    def make(width):
+        flat = nn.Conv2d(3, width, 3).to(memory_format=torch.channels_last)
+        return nn.Sequential(flat, nn.Conv3d(3, width, 3).to(memory_format=torch.channels_last_3d))
+
+    loaded = round_trip(make(4), lambda: make(5), tmp_path)
+    assert [p.stride() for p in loaded.parameters()] == [p.stride() for p in make(4).parameters()]
+    assert loaded[0].weight.stride() == (27, 1, 9, 3)
+
+
 def test_parameters_stay_the_same_objects(tmp_path):
     class Registers(nn.Module):
         def __init__(self, width):

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -101,9 +101,9 @@ def load_compact(constructor: Callable[[], nn.Module], path: "str | os.PathLike[
     """Build a dense model, cut it to what a file of :func:`save_compact` holds, and fill it.
 
     From the file come shapes, dtypes, bits and ties of all tensors, and the whole numbers of the modules. All else is
-    as the constructor makes it: devices, ``requires_grad``, train or eval mode, hooks, attributes of other types. A
-    tensor that the constructor makes on the meta device comes to the CPU, so ``with torch.device("meta")`` in the
-    constructor spares the memory of the dense model.
+    as the constructor makes it: devices, memory formats, ``requires_grad``, train or eval mode, hooks, attributes of
+    other types. A tensor that the constructor makes on the meta device comes to the CPU, so that
+    ``with torch.device("meta")`` in the constructor spares the memory of the dense model.
 
     The file is not trusted: loading runs no code from it, and all of it is checked before the model is touched. Nothing
     becomes larger than the constructor made it, and no module gets an attribute that it does not have.
@@ -133,7 +133,7 @@ def load_compact(constructor: Callable[[], nn.Module], path: "str | os.PathLike[
         _check_modules(modules, described)
         numbers = [new for name, module in modules.items() for new in _numbers(name, module, described)]
         places, none = _places(modules, described, found)
-        tensors = {key: _read(found, key[0]).to(key[1]) for key in dict.fromkeys(place.key for place in places)}
+        tensors = {key: _read(found, *key) for key in dict.fromkeys(place.key for place in places)}
     with all_or_nothing(modules.values()):
         for module, name, value in numbers:
             setattr(module, name, value)
@@ -141,6 +141,9 @@ def load_compact(constructor: Callable[[], nn.Module], path: "str | os.PathLike[
             setattr(module, name, None)
         _fill(places, tensors)
     return model
+
+
+_Key: TypeAlias = tuple[str, torch.device, torch.memory_format]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,13 +154,13 @@ class _Place:
         module: the module that holds it.
         name: under which name it does.
         old: the tensor that is there; None if there is none yet.
-        key: the name of its values in the file, and the device that they go to.
+        key: the name of its values in the file, and the device and memory format that they get.
     """
 
     module: nn.Module
     name: str
     old: Tensor | None
-    key: tuple[str, torch.device]
+    key: _Key
 
     @property
     def is_parameter(self) -> bool:
@@ -265,6 +268,7 @@ def _places(
 ) -> tuple[list[_Place], list[tuple[nn.Module, str]]]:
     """Return where the tensors of the file go, and what becomes None; all checked."""
     places: dict[tuple[int, str], _Place] = {}
+    keys: dict[str, _Key] = {}
     none, names = [], set(found.names())
     used: list[str] = []
     for path, module in modules.items():
@@ -280,7 +284,9 @@ def _places(
                 used.append(full)
             if full not in names:
                 continue
-            place = _Place(module, name, old, (found.of(full), _device(module, old)))
+            there = found.of(full)
+            key = keys.setdefault(there, (there, _device(module, old), _format(old)))  # one for tensors that are tied
+            place = _Place(module, name, old, key)
             if places.setdefault((id(module), name), place).key != place.key:
                 raise ValueError(
                     f"tensor {short(full)} is one with another in the model, but not in the file. {DAMAGED}"
@@ -296,6 +302,14 @@ def _device(module: nn.Module, old: Tensor | None) -> torch.device:
         if tensor is not None and not tensor.is_meta:
             return tensor.device
     return torch.device("cpu")
+
+
+def _format(old: Tensor | None) -> torch.memory_format:
+    """Return the memory format of a tensor: the channels first or last."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(old.ndim if old is not None else 0)
+    if old is None or last is None or old.is_contiguous() or not old.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
 
 
 def _check_tensor(full: str, place: _Place, found: SparseFile) -> None:
@@ -324,20 +338,19 @@ def _check_tensor(full: str, place: _Place, found: SparseFile) -> None:
         raise ValueError(f"{where} {made}. {REMEDY}")
 
 
-def _read(found: SparseFile, name: str) -> Tensor:
+def _read(found: SparseFile, name: str, device: torch.device, form: torch.memory_format) -> Tensor:
     """Return a tensor of the file."""
-    layout = found.layouts[name]
-    tensor = torch.empty(layout.shape, dtype=layout.dtype, device="cpu")
-    start = 0
+    shape, dtype = found.layouts[name].shape, found.layouts[name].dtype
+    flat, start = torch.empty(math.prod(shape), dtype=dtype, device="cpu"), 0
     for entries, _ in found.blocks(name):
-        words(tensor.view(math.prod(layout.shape)))[start : start + len(entries)] = entries
+        words(flat)[start : start + len(entries)] = entries
         start += len(entries)
-    return tensor
+    return flat.view(shape).to(device, memory_format=form)
 
 
-def _fill(places: list[_Place], tensors: Mapping[tuple[str, torch.device], Tensor]) -> None:
+def _fill(places: list[_Place], tensors: Mapping[_Key, Tensor]) -> None:
     """Put the tensors in their places: those that are one in the file become one, parameters stay the same objects."""
-    groups: dict[tuple[Any, bool], list[_Place]] = {}
+    groups: dict[tuple[_Key, bool], list[_Place]] = {}
     for place in places:
         groups.setdefault((place.key, place.is_parameter), []).append(place)
     taken: set[int] = set()
