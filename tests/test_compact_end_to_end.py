@@ -1,0 +1,72 @@
+"""Pruned, compacted, saved, and loaded in a fresh process by the dense model's constructor: the same bits."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from compacted import KINDS, output
+
+import torchprune_ext as tpe
+
+pytest.importorskip("torchprune_ext.deploy.compact", reason="compact is not part of this version")
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def case(request, tmp_path_factory):
+    """Return kind, pruned model, compacted model, inputs."""
+    constructor, deaden, inputs, package = KINDS[request.param]
+    pytest.importorskip(package)
+    torch.manual_seed(0)
+    model, batch = constructor(), inputs()
+    deaden(model)
+    return request.param, model, tpe.compact(model, batch), batch
+
+
+def parameters(model):
+    return sum(tensor.numel() for tensor in model.parameters())
+
+
+def test_it_comes_back_and_trains(case, tmp_path):
+    kind, model, small, batch = case
+    constructor = KINDS[kind][0]
+    assert parameters(small) < 0.97 * parameters(constructor())
+    tpe.save_compact(small, tmp_path / "small.safetensors")
+    loaded = tpe.load_compact(constructor, tmp_path / "small.safetensors")
+    assert str(loaded) == str(small)
+    assert parameters(loaded) == parameters(small)
+    with torch.no_grad():
+        expected = output(small, batch)
+        assert torch.equal(output(loaded, batch), expected)
+        torch.testing.assert_close(expected, output(model, batch))
+    for each in (loaded, small):
+        each.zero_grad()
+        output(each, batch).square().mean().backward()
+    theirs = dict(small.named_parameters())
+    for name, ours in loaded.named_parameters():
+        grad = theirs.pop(name).grad
+        assert (ours.grad is None) == (grad is None), name
+        assert grad is None or torch.equal(ours.grad, grad), name
+    assert not theirs
+
+
+def test_in_a_fresh_process(tmp_path):
+    kinds = []
+    for kind, (constructor, deaden, inputs, package) in KINDS.items():
+        if package == "torch" or pytest.importorskip(package):
+            torch.manual_seed(0)
+            model, batch = constructor(), inputs()
+            deaden(model)
+            small = tpe.compact(model, batch)
+            tpe.save_compact(small, tmp_path / f"{kind}.safetensors")
+            with torch.no_grad():
+                torch.save((batch, output(small, batch)), tmp_path / f"{kind}.pt")
+            kinds.append(kind)
+    script = pathlib.Path(__file__).with_name("compacted.py")
+    environment = {"PYTHONPATH": str(pathlib.Path(tpe.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, "-W", "error", script, tmp_path], text=True, capture_output=True, env=environment
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [f"{kind} True True []" for kind in sorted(kinds)]
