@@ -43,12 +43,9 @@ def test_it_comes_back_and_trains(case, tmp_path):
     for each in (loaded, small):
         each.zero_grad()
         output(each, batch).square().mean().backward()
-    theirs = dict(small.named_parameters())
-    for name, ours in loaded.named_parameters():
-        grad = theirs.pop(name).grad
-        assert (ours.grad is None) == (grad is None), name
-        assert grad is None or torch.equal(ours.grad, grad), name
-    assert not theirs
+    for (name, a), b in zip(loaded.named_parameters(), small.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or torch.equal(a.grad, b.grad), name
 
 
 def test_in_a_fresh_process(tmp_path):

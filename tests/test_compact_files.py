@@ -305,6 +305,17 @@ def test_attention_whose_projection_is_pruned(tmp_path):
     assert all((a == b).all() for a, b in zip(loaded.parameters(), small.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_parameters_keep_their_order(tmp_path, removed):
+    """Native pruning puts a weight behind its bias; optimizers go by the order."""
+    small = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    prune.l1_unstructured(small[0], "weight", 0.5)
+    if removed:
+        prune.remove(small[0], "weight")
+    loaded = round_trip(small, lambda: nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2)), tmp_path)
+    assert [name for name, _ in loaded.named_parameters()] == ["0.bias", "0.weight", "1.weight", "1.bias"]
+
+
 def test_what_keeps_zeros_is_not_part_of_the_model(tmp_path):
     small = nn.Sequential(nn.Linear(4, 3))
     prune.l1_unstructured(small[0], "weight", 0.5)

@@ -107,6 +107,9 @@ EDITS = {
     "a number for a flag": (put((*CONV, "numbers", "training"), 0), "'training' is 0 in the file and True from"),
     "a number for a table": (put((*CONV, "numbers", "_parameters"), 0), "'_parameters' is 0 in the file and"),
     "a number for a string": (put((*CONV, "numbers", "padding_mode"), 0), "'padding_mode' is 0 in the file and"),
+    "an order that is a string": (put((*CONV, "parameters"), "bias"), "module 'conv': what the metadata"),
+    "an order of numbers": (put((*CONV, "parameters"), [1]), "module 'conv': what the metadata"),
+    "no order": (without((*CONV, "parameters")), "module 'conv': what the metadata"),
     "none that is a string": (put((*CONV, "none"), "bias"), "module 'conv': what the metadata"),
     "none that holds numbers": (put((*CONV, "none"), [1]), "module 'conv': what the metadata"),
     "none that is there": (put((*CONV, "none"), ["bias"]), "'conv.bias' is in the file, which says that it is None"),
@@ -140,6 +143,16 @@ def test_a_number_that_the_module_does_not_have_is_not_set(raw, name):
     assert name not in vars(loaded.conv)
     assert type(loaded.conv) is nn.Conv2d
     assert loaded.conv.bias.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "order", [[], ["bias", "weight", "x"], ["bias", "bias"], ["__class__"], ["weight", "bias"]], ids=str
+)
+def test_an_order_of_any_names_keeps_the_parameters(raw, order):
+    rewrite(raw, put((*CONV, "parameters"), order))
+    loaded = tpe.load_compact(Net, raw)
+    assert sorted(loaded.conv._parameters) == ["bias", "weight"]
+    assert next(iter(loaded.conv._parameters)) == ("bias" if "bias" in order[:1] else "weight")
 
 
 def test_a_tensor_of_no_place(raw):

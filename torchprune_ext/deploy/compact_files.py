@@ -78,10 +78,14 @@ def save_compact(model: nn.Module, path: "str | os.PathLike[str]") -> None:
 
 
 def _described(module: nn.Module) -> dict[str, Any]:
-    """Return what the file says of a module: its class, its whole numbers, its tensors that are None."""
-    numbers = {name: value for name, value in vars(module).items() if _is_numbers(value)}
-    none = [name for name, tensor in _registered(module).items() if tensor is None]
-    return {"class": plain_class(module).__name__, "numbers": numbers, "none": none}
+    """Return what the file says of a module: class, whole numbers, order of the parameters, tensors that are None."""
+    dense = {target.stored_name: target.name for target in pruned(module, recurse=False)}
+    return {
+        "class": plain_class(module).__name__,
+        "numbers": {name: value for name, value in vars(module).items() if _is_numbers(value)},
+        "parameters": [dense.get(name, name) for name in module._parameters],
+        "none": [name for name, tensor in _registered(module).items() if tensor is None],
+    }
 
 
 def _is_numbers(value: object) -> bool:
@@ -100,10 +104,10 @@ def _registered(module: nn.Module) -> dict[str, Tensor | None]:
 def load_compact(constructor: Callable[[], nn.Module], path: "str | os.PathLike[str]") -> nn.Module:
     """Build a dense model, cut it to what a file of :func:`save_compact` holds, and fill it.
 
-    From the file come shapes, dtypes, bits and ties of all tensors, and the whole numbers of the modules. All else is
-    as the constructor makes it: devices, memory formats, ``requires_grad``, train or eval mode, hooks, attributes of
-    other types. A tensor that the constructor makes on the meta device comes to the CPU, so that
-    ``with torch.device("meta")`` in the constructor spares the memory of the dense model.
+    From the file come shapes, dtypes, bits and ties of all tensors, the order of the parameters, and the whole numbers
+    of the modules. All else is as the constructor makes it: devices, memory formats, ``requires_grad``, train or eval
+    mode, hooks, attributes of other types. A tensor that the constructor makes on the meta device comes to the CPU, so
+    that ``with torch.device("meta")`` in the constructor spares the memory of the dense model.
 
     The file is not trusted: loading runs no code from it, and all of it is checked before the model is touched. Nothing
     becomes larger than the constructor made it, and no module gets an attribute that it does not have.
@@ -140,6 +144,8 @@ def load_compact(constructor: Callable[[], nn.Module], path: "str | os.PathLike[
         for module, name in none:
             setattr(module, name, None)
         _fill(places, tensors)
+        for name, module in modules.items():
+            _order(module._parameters, described[name])
     return model
 
 
@@ -211,12 +217,12 @@ def _modules_of(metadata: Mapping[str, str]) -> dict[str, Any]:
         else:
             fine = (
                 isinstance(said, dict)
-                and set(said) == {"class", "numbers", "none"}
+                and set(said) == {"class", "numbers", "parameters", "none"}
                 and isinstance(said["class"], str)
                 and isinstance(said["numbers"], dict)
                 and all(_is_numbers(value) for value in said["numbers"].values())
-                and isinstance(said["none"], list)
-                and all(isinstance(each, str) for each in said["none"])
+                and all(isinstance(said[key], list) for key in ("parameters", "none"))
+                and all(isinstance(each, str) for each in (*said["parameters"], *said["none"]))
             )
         if not fine:
             raise ValueError(f"module {short(name)}: what the metadata {KEY} say of it is not valid. {DAMAGED}")
@@ -366,6 +372,15 @@ def _fill(places: list[_Place], tensors: Mapping[_Key, Tensor]) -> None:
         for place in group:
             if place.module._parameters.get(place.name) is not value:
                 setattr(place.module, place.name, value)
+
+
+def _order(parameters: dict[str, nn.Parameter | None], said: Any) -> None:
+    """Put the parameters of a module in the order of the file, which optimizers go by; native pruning changes it."""
+    if isinstance(said, dict):
+        order = [name for name in dict.fromkeys((*said["parameters"], *parameters)) if name in parameters]
+        items = [(name, parameters[name]) for name in order]
+        parameters.clear()
+        parameters.update(items)
 
 
 def _can_be_kept(old: Tensor | None) -> bool:
