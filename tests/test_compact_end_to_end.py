@@ -1,5 +1,6 @@
 """Pruned, compacted, saved, and loaded in a fresh process by the dense model's constructor: the same bits."""
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -13,24 +14,24 @@ import torchprune_ext as tpe
 pytest.importorskip("torchprune_ext.deploy.compact", reason="compact is not part of this version")
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
-def case(request, tmp_path_factory):
-    """Return kind, pruned model, compacted model, inputs."""
-    constructor, deaden, inputs, package = KINDS[request.param]
+@functools.cache
+def case(kind):
+    """Return a pruned model of a kind, the compacted one, inputs."""
+    constructor, deaden, inputs, package = KINDS[kind]
     pytest.importorskip(package)
     torch.manual_seed(0)
     model, batch = constructor(), inputs()
     deaden(model)
-    return request.param, model, tpe.compact(model, batch), batch
+    return model, tpe.compact(model, batch), batch
 
 
 def parameters(model):
     return sum(tensor.numel() for tensor in model.parameters())
 
 
-def test_it_comes_back_and_trains(case, tmp_path):
-    kind, model, small, batch = case
-    constructor = KINDS[kind][0]
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_comes_back_and_trains(kind, tmp_path):
+    (model, small, batch), constructor = case(kind), KINDS[kind][0]
     assert parameters(small) < 0.97 * parameters(constructor())
     tpe.save_compact(small, tmp_path / "small.safetensors")
     loaded = tpe.load_compact(constructor, tmp_path / "small.safetensors")
@@ -49,21 +50,15 @@ def test_it_comes_back_and_trains(case, tmp_path):
 
 
 def test_in_a_fresh_process(tmp_path):
-    kinds = []
-    for kind, (constructor, deaden, inputs, package) in KINDS.items():
-        if package == "torch" or pytest.importorskip(package):
-            torch.manual_seed(0)
-            model, batch = constructor(), inputs()
-            deaden(model)
-            small = tpe.compact(model, batch)
-            tpe.save_compact(small, tmp_path / f"{kind}.safetensors")
-            with torch.no_grad():
-                torch.save((batch, output(small, batch)), tmp_path / f"{kind}.pt")
-            kinds.append(kind)
+    for kind in KINDS:
+        _, small, batch = case(kind)
+        tpe.save_compact(small.eval(), tmp_path / f"{kind}.safetensors")
+        with torch.no_grad():
+            torch.save((batch, output(small, batch)), tmp_path / f"{kind}.pt")
     script = pathlib.Path(__file__).with_name("compacted.py")
     environment = {"PYTHONPATH": str(pathlib.Path(tpe.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     found = subprocess.run(
         [sys.executable, "-W", "error", script, tmp_path], text=True, capture_output=True, env=environment
     )
     assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines() == [f"{kind} True True []" for kind in sorted(kinds)]
+    assert found.stdout.splitlines() == [f"{kind} True True []" for kind in sorted(KINDS)]
