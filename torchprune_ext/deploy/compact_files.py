@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -82,16 +83,18 @@ def _described(module: nn.Module) -> dict[str, Any]:
     dense = {target.stored_name: target.name for target in pruned(module, recurse=False)}
     return {
         "class": plain_class(module).__name__,
-        "numbers": {name: value for name, value in vars(module).items() if _is_numbers(value)},
+        "numbers": {name: n for name, value in vars(module).items() if (n := _as_numbers(value)) is not None},
         "parameters": [dense.get(name, name) for name in module._parameters],
         "none": [name for name, tensor in _registered(module).items() if tensor is None],
     }
 
 
-def _is_numbers(value: object) -> bool:
-    """Return whether a value is a whole number or a row of them, not empty; True and False are not numbers."""
-    numbers = value if type(value) in (tuple, list, torch.Size) else [value]
-    return bool(numbers) and all(type(number) is int and abs(number) < LARGEST for number in numbers)  # type: ignore[attr-defined]
+def _as_numbers(value: Any) -> int | list[int] | None:
+    """Return a whole number, also one of NumPy, or a row of them that is not empty, as JSON; None for all else."""
+    row = value if type(value) in (tuple, list, torch.Size) else [value]
+    if not row or not all(isinstance(n, Integral) and not isinstance(n, bool) and abs(int(n)) < LARGEST for n in row):
+        return None
+    return int(value) if row is not value else [int(n) for n in row]
 
 
 def _registered(module: nn.Module) -> dict[str, Tensor | None]:
@@ -220,7 +223,7 @@ def _modules_of(metadata: Mapping[str, str]) -> dict[str, Any]:
                 and set(said) == {"class", "numbers", "parameters", "none"}
                 and isinstance(said["class"], str)
                 and isinstance(said["numbers"], dict)
-                and all(_is_numbers(value) for value in said["numbers"].values())
+                and all(_as_numbers(value) is not None for value in said["numbers"].values())
                 and all(isinstance(said[key], list) for key in ("parameters", "none"))
                 and all(isinstance(each, str) for each in (*said["parameters"], *said["none"]))
             )
@@ -256,10 +259,9 @@ def _numbers(path: str, module: nn.Module, described: Mapping[str, Any]) -> Iter
         old = vars(module)[name]
         both = f"{short(new)} in the file and {short(old)} from the constructor"
         where = f"module {short(path)} of type {type(module).__name__}: its attribute {short(name)} is {both}"
-        if not _is_numbers(old) or isinstance(new, list) == (type(old) is int):
-            raise ValueError(f"{where}. {REMEDY}")
-        after, before = (new, list(old)) if isinstance(new, list) else ([new], [old])
-        if len(after) != len(before):
+        here = _as_numbers(old)
+        after, before = (each if isinstance(each, list) else [each] for each in (new, here))
+        if here is None or isinstance(new, list) != isinstance(here, list) or len(after) != len(before):
             raise ValueError(f"{where}. {REMEDY}")
         if any(a != b and not 0 <= a < b for a, b in zip(after, before, strict=True)):
             raise ValueError(
