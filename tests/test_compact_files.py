@@ -205,6 +205,20 @@ def test_a_bias_that_came_and_one_that_went(tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
+def test_a_bias_beside_buffers_only_is_trained(tmp_path):
+    small = nn.BatchNorm1d(3, affine=False)
+    small.bias = nn.Parameter(torch.ones(3))
+    assert round_trip(small, lambda: nn.BatchNorm1d(4, affine=False), tmp_path).bias.requires_grad
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_tensors_go_where_the_constructor_puts_them(tmp_path):
+    small = nn.Conv2d(2, 3, 1)
+    loaded = round_trip(small, lambda: nn.Conv2d(3, 4, 1, bias=False).cuda(), tmp_path)
+    assert {p.device.type for p in loaded.parameters()} == {"cuda"}
+    assert_same(loaded.cpu(), small)
+
+
 def test_what_the_file_decides_and_what_the_constructor_does(tmp_path):
     def constructor():
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)).eval()

@@ -372,8 +372,7 @@ def _fill(places: list[_Place], tensors: Mapping[_Key, Tensor]) -> None:
                 taken.add(id(old))
                 old.data, value = value, old
         for place in group:
-            if place.module._parameters.get(place.name) is not value:
-                setattr(place.module, place.name, value)
+            setattr(place.module, place.name, value)
 
 
 def _order(parameters: dict[str, nn.Parameter | None], said: Any) -> None:
