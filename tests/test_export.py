@@ -102,3 +102,22 @@ def test_onnx_runtime(case, tmp_path):
         torch.testing.assert_close(
             torch.from_numpy(found[0]), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
         )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_what_torch_pruning_cuts_comes_back(name, tmp_path):
+    pruning = pytest.importorskip("torch_pruning")
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 32, 32)
+
+    def constructor():
+        return getattr(models, name)(num_classes=5).eval()
+
+    small = constructor()
+    group = pruning.importance.GroupMagnitudeImportance()
+    pruning.pruner.MetaPruner(small, x, group, pruning_ratio=0.6, ignored_layers=[list(small.modules())[-1]]).step()
+    tpe.save_compact(small, tmp_path / "small.safetensors")
+    loaded = tpe.load_compact(constructor, tmp_path / "small.safetensors")
+    assert str(loaded) == str(small) != str(constructor())
+    assert torch.equal(output(loaded, (x,)), output(small, (x,)))
