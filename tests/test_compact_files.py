@@ -2,9 +2,6 @@
 
 import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -169,23 +166,6 @@ def test_without_buffers_outside_of_the_state_dict_it_is_a_sparse_file(tmp_path)
     tpe.save_compact(nn.Linear(3, 2), tmp_path / "f")
     fresh = tpe.load_sparse(nn.Linear(3, 2), tmp_path / "f")
     assert_same(tpe.load_compact(lambda: nn.Linear(5, 4), tmp_path / "f"), fresh)
-
-
-def test_a_fresh_process_without_the_code_that_cut_it(tmp_path):
-    torch.manual_seed(0)
-    small = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    tpe.save_compact(small, tmp_path / "f")
-    code = (
-        "import sys, torch, torchprune_ext as tpe; from torch import nn\n"
-        "m = tpe.load_compact(lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sys.argv[1])\n"
-        "assert 'torch_pruning' not in sys.modules\n"
-        "print(m(torch.eye(4)).double().tolist())"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(tpe.__file__).parents[1])}
-    found = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "f")], check=True, text=True, capture_output=True, env=environment
-    )
-    assert found.stdout.strip() == str(small(torch.eye(4)).double().tolist())
 
 
 def test_a_bias_that_came_and_one_that_went(tmp_path):

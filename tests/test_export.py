@@ -104,15 +104,14 @@ def test_onnx_runtime(case, tmp_path):
         )
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
-def test_what_torch_pruning_cuts_comes_back(name, tmp_path):
+def test_what_torch_pruning_cuts_comes_back(tmp_path):
     pruning = pytest.importorskip("torch_pruning")
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     x = torch.randn(1, 3, 32, 32)
 
     def constructor():
-        return getattr(models, name)(num_classes=5).eval()
+        return models.mobilenet_v3_small(num_classes=5).eval()
 
     small = constructor()
     group = pruning.importance.GroupMagnitudeImportance()
