@@ -78,7 +78,11 @@ def shaped(name, shape, dtype="F32"):
 
 CONV, LINEAR = ("modules", "conv"), ("modules", "linear")
 EDITS = {
-    "version of the future": (put(("version",), 2), "has version 2, this library reads 1. Update it"),
+    "version of the future": (
+        lambda h, about: about.update({KEY: {"version": 2, "layers": {}}}),
+        "has version 2, this library reads 1. Update it",
+    ),
+    "version of the past": (put(("version",), 0), "do not hold just version and modules"),
     "version that is not a number": (put(("version",), True), "do not hold just version and modules"),
     "no version": (without(("version",)), "do not hold just version and modules"),
     "more than that": (put(("more",), 1), "do not hold just version and modules"),

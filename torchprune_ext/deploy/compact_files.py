@@ -207,10 +207,11 @@ def _modules_of(metadata: Mapping[str, str]) -> dict[str, Any]:
             "of the same shapes."
         )
     told = strict_json(metadata[KEY], f"the metadata {KEY}")
-    if not isinstance(told, dict) or set(told) != {"version", "modules"} or type(told["version"]) is not int:
+    version = told.get("version") if isinstance(told, dict) else None
+    if type(version) is int and version > 1:
+        raise ValueError(f"{KEY} has version {version}, this library reads 1. Update it.")
+    if type(version) is not int or version != 1 or set(told) != {"version", "modules"}:
         raise ValueError(f"the metadata {KEY} do not hold just version and modules. {DAMAGED}")
-    if told["version"] != 1:
-        raise ValueError(f"{KEY} has version {told['version']}, this library reads 1. Update it.")
     modules = told["modules"]
     if not isinstance(modules, dict):
         raise ValueError(f"modules in the metadata {KEY} are not a table. {DAMAGED}")
