@@ -218,6 +218,18 @@ def test_scores_of_a_unit_are_sums_of_squares(criterion):
     assert kept(model, options["unit"])[0].nonzero().flatten().tolist() == sorted(expected.tolist())
 
 
+def test_scores_may_be_taken_in_steps():
+    model, batches = build(lambda: nn.Linear(16, 4)), data((16,), (60,))
+    options = {"unit": COLUMNS, "criterion": "wanda", "target_sparsity": 0.75}
+    fits = prune_and_compensate(model, batches, pairs(model), steps=4, **options)
+    assert kept(model, COLUMNS).sum() == 4
+    assert repr(history(model)).endswith("criterion='wanda', steps=4)")
+    once = build(lambda: nn.Linear(16, 4))
+    prune_and_compensate(once, batches, pairs(once), **options)
+    assert not torch.equal(once.weight_mask, model.weight_mask)
+    never_worse(fits)
+
+
 def test_columns_of_a_flattened_channel():
     model = build(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)))
     params, unit = pairs(model), {(model[3], "weight"): tpe.Channel(dim=1, size=16)}
@@ -425,6 +437,16 @@ def test_refused_units_leave_no_trace(why):
             model, data(inputs), pairs(model), **{"target_sparsity": 0.5, "unit": unit(model), **options}
         )
     assert not before.differences()
+
+
+def test_a_unit_of_the_wrong_type_is_refused_before_the_data_is_read():
+    def loader():
+        raise ArithmeticError("read")
+        yield
+
+    model = build(mlp)
+    with pytest.raises(TypeError, match="unit=64"):
+        prune_and_compensate(model, loader(), pairs(model), target_sparsity=0.5, unit=64)
 
 
 def test_a_sparsity_without_a_unit_is_refused():

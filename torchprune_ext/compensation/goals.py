@@ -14,6 +14,11 @@ Units = Channel | Mapping[Key, Channel]
 
 def check_goal(target_sparsity: Sparsity | None, pattern: NM | None, unit: Units | None = None) -> None:
     """Raise unless exactly one of the first two is given, ``unit`` with the first only, and of the right type."""
+    if not (unit is None or isinstance(unit, (Channel, Mapping))):
+        raise TypeError(
+            f"unit={unit!r} is a {type(unit).__name__}. Pass Channel(dim=1), whole input columns or channels, or one "
+            "for each tensor that shall lose some, as {(module, name): Channel(dim=1)}."
+        )
     if unit is not None and (pattern is not None or target_sparsity is None):
         raise TypeError(
             f"unit={unit!r}, target_sparsity={target_sparsity!r}, pattern={pattern!r}: units are pruned to a "
@@ -66,11 +71,6 @@ def units_of(targets: Sequence[Target], unit: Units | None) -> dict[Key, Channel
         return None
     if isinstance(unit, Channel):
         return dict.fromkeys(keys, unit)
-    if not isinstance(unit, Mapping):
-        raise TypeError(
-            f"unit={unit!r} is a {type(unit).__name__}. Pass Channel(dim=1), whole input columns or channels, or one "
-            "for each tensor that shall lose some, as {(module, name): Channel(dim=1)}."
-        )
     if not unit:
         raise ValueError("unit={} lists no tensor. To re-fit and prune nothing, call compensate.")
     _refuse_others("unit", unit, keys)

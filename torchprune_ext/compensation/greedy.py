@@ -63,7 +63,8 @@ def _eliminate(inverse: Tensor, squares: Tensor, width: int, keep: int) -> Tenso
         columns = stay.repeat_interleave(width)
         low, half = low[columns], half[columns]
         inverse = inverse[columns][:, columns].addmm_(low, low.mT, alpha=-1)
-        squares = squares[columns][:, columns].addmm_(low, half.mT, alpha=-1).addmm_(half, low.mT, alpha=-1)
+        change = low @ half.mT
+        squares = squares[columns][:, columns].sub_(change).sub_(change.mT)
     return left
 
 
