@@ -7,6 +7,8 @@ die together; a mask is a flat list of 0 and 1.
 import itertools
 import math
 
+import torch
+
 Units = list[list[int]]
 
 
@@ -39,17 +41,14 @@ def kernels(shape):
     return collect(shape, lambda at: at[:2])
 
 
-def channels(shape, dim, groups=1):
-    """Output channels; with ``dim=1`` (transposed) each of the ``groups`` blocks of axis 0 has channels of its own."""
-    if dim == 0:
-        units = {c: [] for c in range(shape[0])}
-        for at, flat in positions(shape).items():
-            units[at[0]].append(flat)
-    else:
-        per_group, rows = shape[1], shape[0] // groups
-        units = {c: [] for c in range(per_group * groups)}
-        for at, flat in positions(shape).items():
-            units[at[0] // rows * per_group + at[1]].append(flat)
+def channels(shape, dim, groups=1, size=1):
+    """Return channels along ``dim``, ``size`` neighbours together; each of ``groups`` blocks of axis 0 has its own."""
+    dim %= len(shape)
+    per_group, rows = shape[dim] // size, shape[0] // groups
+    units = {c: [] for c in range(per_group * groups)}
+    for at, flat in positions(shape).items():
+        group = 0 if dim == 0 else at[0] // rows
+        units[group * per_group + at[dim] // size].append(flat)
     return [units[c] for c in sorted(units)]
 
 
@@ -113,3 +112,30 @@ def every_other(mask, step, offset):
     survivors = [i for i, m in enumerate(mask) if m]
     gone = set(survivors[offset::step])
     return [0 if i in gone else m for i, m in enumerate(mask)]
+
+
+def least_squares(gram, cross, columns):
+    """Return how much of the energy the least squares on ``columns`` explains, for all outputs together."""
+    if not columns:
+        return 0.0
+    gram, cross = gram[columns][:, columns], cross[:, columns]
+    return float((torch.linalg.solve(gram, cross.mT).mT * cross).sum())
+
+
+def greedy_units(gram, cross, alive, width, keep):
+    """Remove, again and again, the unit without which the least squares explains most; a tie keeps the lower index.
+
+    Return the units that stay, and how far the best was ahead of the second, at least, of what is explained by all.
+    """
+    alive, margin = list(alive), math.inf
+
+    def explained(units):
+        return least_squares(gram, cross, [unit * width + i for unit in units for i in range(width)])
+
+    whole = explained(alive) or 1.0
+    while len(alive) > keep:
+        without = [explained([unit for unit in alive if unit != gone]) / whole for gone in alive]
+        best, second = sorted(without, reverse=True)[:2]
+        margin = min(margin, best - second)
+        alive.pop(max(range(len(alive)), key=lambda place: (without[place], place)))
+    return alive, margin

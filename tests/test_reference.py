@@ -64,6 +64,9 @@ def by_size(params):
 LOOPS = {
     "global and compensate": global_then_fit,
     "splitting": lambda m, p, level, dense: prune_and_compensate(m, DATA, p, target_sparsity=level, dense=dense),
+    "units": lambda m, p, level, dense: prune_and_compensate(
+        m, DATA, p, target_sparsity=level, unit=tpe.Channel(dim=1), dense=dense
+    ),
     "rounds": lambda m, p, level, dense: prune_in_rounds(
         m,
         DATA,

@@ -209,16 +209,31 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """A slice across ``dim``: an output channel (filter) of a layer, or an input channel.
+    """A slice across ``dim``: an output channel (filter) of a layer, or an input channel; or ``size`` of them together.
 
     Args:
         dim: axis that counts the channels.
-        groups: groups of a transposed convolution, whose output channel ``g * (channels / groups) + j`` is entry
-            ``j`` of ``dim`` in the ``g``-th of ``groups`` equal blocks along axis 0. 1 for everything else.
+        groups: groups of a convolution that count channels of their own: channel ``g * (channels / groups) + j`` is
+            entry ``j`` of ``dim`` in the ``g``-th of ``groups`` equal blocks along axis 0. So it is with the output
+            channels of a transposed convolution, and with the input channels of any other. 1 for everything else.
+        size: number of consecutive channels, from the first on, that make one unit: the 64 columns of a projection
+            that read one head, or the 25 columns of a ``Linear`` that read one channel of 5 x 5 places, flattened.
+
+    Raises:
+        TypeError: ``dim``, ``groups`` or ``size`` is not an int.
+        ValueError: ``groups`` or ``size`` is less than 1.
+
+    Example:
+        >>> import torch
+        >>> from torchprune_ext.masks import unit_mask
+        >>> unit_mask(torch.tensor([1, 0, 1]), Channel(dim=1, size=2), torch.ones(2, 6))
+        tensor([[1., 1., 0., 0., 1., 1.],
+                [1., 1., 0., 0., 1., 1.]])
     """
 
     dim: int = 0
     groups: int = 1
+    size: int = 1
 
     units: ClassVar[str] = "channels"
 
@@ -226,20 +241,40 @@ class Channel:
         """Check the values."""
         _check_dim(self.dim)
         check_whole("groups", self.groups, 1)
+        check_whole("size", self.size, 1)
+
+    def axis(self, shape: torch.Size) -> int:
+        """Return the axis that counts the channels in ``shape``, counted from the front.
+
+        Raises:
+            ValueError: ``dim`` is not an axis of ``shape``, ``groups`` do not divide axis 0, or ``size`` does not
+                divide the channels.
+        """
+        axis = _axis(self.dim, shape)
+        if self.groups > 1 and (axis == 0 or shape[0] % self.groups):
+            raise ValueError(
+                f"groups={self.groups} does not fit dim={self.dim} of shape {tuple(shape)}: groups split axis 0 of a "
+                "convolution into equal blocks and count its channels on another axis. Pass groups=1."
+            )
+        if shape[axis] % self.size:
+            divisors = [d for d in range(1, shape[axis] + 1) if shape[axis] % d == 0]
+            raise ValueError(
+                f"size={self.size} does not divide the {shape[axis]} channels of dim={self.dim} in shape "
+                f"{tuple(shape)}. Choose size from {divisors}."
+            )
+        return axis
 
     def split(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return a view of ``tensor`` and the axes that one unit spans in it.
 
         Raises:
-            ValueError: ``dim`` is not an axis of the tensor, or ``groups`` do not divide axis 0.
+            ValueError: as :meth:`axis`.
         """
-        axis = _axis(self.dim, tensor.shape)
-        if self.groups == 1:
-            return tensor, tuple(a for a in range(tensor.dim()) if a != axis)
-        if axis == 0 or tensor.shape[0] % self.groups:
-            raise ValueError(
-                f"groups={self.groups} does not fit dim={self.dim} of shape {tuple(tensor.shape)}: groups split axis 0 "
-                "of a transposed convolution into equal blocks and count its channels on axis 1. Pass groups=1."
-            )
-        blocks = tensor.unflatten(0, (self.groups, -1))
-        return blocks, tuple(a for a in range(1, blocks.dim()) if a != axis + 1)
+        axis, counting = self.axis(tensor.shape), set()
+        if self.size > 1:
+            tensor = tensor.unflatten(axis, (tensor.shape[axis] // self.size, self.size))
+        if self.groups > 1:
+            tensor = tensor.unflatten(0, (self.groups, tensor.shape[0] // self.groups))
+            axis, counting = axis + 1, {0}
+        counting.add(axis)
+        return tensor, tuple(a for a in range(tensor.dim()) if a not in counting)

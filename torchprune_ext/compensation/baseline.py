@@ -13,8 +13,8 @@ from torchprune_ext._host import Target
 from torchprune_ext._layers import Layer
 from torchprune_ext._loading import Options
 from torchprune_ext._statistics import Key
-from torchprune_ext.compensation.calls import Sparsity, along_inputs, check_goal, goals_of
 from torchprune_ext.compensation.fitting import Fits, Task
+from torchprune_ext.compensation.goals import Sparsity, along_inputs, check_goal, goals_of
 from torchprune_ext.compensation.reference import Dense
 from torchprune_ext.compensation.solvers import BLOCK, Problem, prune_columns
 from torchprune_ext.masks import nm_mask

@@ -1,18 +1,21 @@
 """Re-fit a pruned model, or prune and re-fit it layer by layer, in one pass over the data."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from torchprune_ext._checks import check_fraction, check_whole
+from torchprune_ext._checks import check_whole
 from torchprune_ext._host import Target
 from torchprune_ext._layers import Layer
 from torchprune_ext._loading import Options
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.fitting import Fits, Task
+from torchprune_ext.compensation.goals import Sparsity, Units, along_inputs, check_goal, goals_of, units_of, width_of
+from torchprune_ext.compensation.greedy import greedy_units, of_units
 from torchprune_ext.compensation.reference import Dense
 from torchprune_ext.compensation.solvers import (
     Problem,
@@ -24,10 +27,9 @@ from torchprune_ext.compensation.solvers import (
 )
 from torchprune_ext.masks import nm_mask
 from torchprune_ext.methods import GlobalPruning
-from torchprune_ext.patterns import NM
+from torchprune_ext.patterns import NM, Channel
 from torchprune_ext.schedules import geometric_mean
 
-Sparsity = float | Mapping[Key, float]
 SCORES: dict[str, Callable[[Problem, Tensor], Tensor]] = {
     "obs": obs_scores,
     "wanda": wanda_scores,
@@ -96,7 +98,8 @@ def prune_and_compensate(
     *,
     target_sparsity: Sparsity | None = None,
     pattern: NM | None = None,
-    criterion: str = "admm",
+    unit: Units | None = None,
+    criterion: str | None = None,
     steps: int | None = None,
     dense: Dense | None = None,
     create_bias: bool = False,
@@ -104,24 +107,32 @@ def prune_and_compensate(
 ) -> Fits:
     """Prune each layer in turn and re-fit it, without training, all in one pass over the data.
 
-    Each row of a weight, the entries of one output, keeps the same number, or ``n`` of ``m``; by ``criterion``:
+    Each row of a weight, the entries of one output, keeps the same number, or ``n`` of ``m``; or, with ``unit``, all
+    rows keep the same input columns, so that what feeds the others can be removed. By ``criterion``:
 
     - ``"admm"``: operator splitting looks for the mask that the re-fitted weights like best.
-    - ``"obs"``: what deleting an entry costs after the others adapt; ``"wanda"``: weight times norm of the input;
-      ``"magnitude"``. In ``steps``, each followed by a re-fit.
+    - ``"obs"``: what deleting an entry costs after the others adapt. Units go one after the other, with all costs
+      brought up to date as each goes.
+    - ``"wanda"``: weight times norm of the input; ``"magnitude"``; units by the sum of the squares.
 
-    For one threshold over all layers, and scores of your own, see :func:`.prune_in_rounds`.
+    Every listed layer is re-fitted, those that lose nothing too, since what they get has changed. For one threshold
+    over all layers, and scores of your own, see :func:`.prune_in_rounds`.
 
     Args:
         model: as for :func:`compensate`, and so are ``loader``, ``params`` and the arguments not listed here.
         loader: batches.
         params: ``(module, name)`` pairs.
-        target_sparsity: fraction of the entries that shall be pruned in the end; or one for each listed tensor, as
-            ``{(module, name): fraction}``. At least one entry of a row stays, and a row of which more is pruned
-            already stays as it is.
+        target_sparsity: fraction of the entries, or of the units, that shall be pruned in the end; or one for each
+            listed tensor, as ``{(module, name): fraction}``. At least one entry of a row stays, and one unit in each
+            group of a convolution; a row or a group of which more is pruned already stays as it is.
         pattern: instead of it, ``NM(n, m)``, along the input features or channels unless it names another ``dim``.
-        criterion: see above.
-        steps: number of rounds within a layer; by default 1. Not for ``"admm"``.
+        unit: ``Channel(dim=1)``, input columns or channels, or so many in a row, ``Channel(dim=1, size=64)``; or one
+            for each tensor that shall lose some, as ``{(module, name): Channel(dim=1)}``. ``dim`` is the axis that the
+            layer sums over, 0 in the ``Conv1D`` of transformers. In a convolution with groups, each has channels of
+            its own, and all keep the same number. What is pruned by entries stays pruned in units that stay.
+        criterion: see above; by default ``"admm"``, and ``"obs"`` for units.
+        steps: number of rounds within a layer, each followed by a re-fit; by default 1. Not for ``"admm"``, nor for
+            ``"obs"`` with units.
         dense: the reference model, see :func:`compensate`.
         create_bias: give layers without a bias one.
         **options: see :class:`.Options`, without ``process_group``.
@@ -130,11 +141,13 @@ def prune_and_compensate(
         The error of each layer before and after, as :class:`Fit`.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: as :func:`compensate`, or an argument out of range. Nothing is changed then.
+        TypeError: an argument of the wrong type, or that does not go with another.
+        ValueError: as :func:`compensate`, or an argument out of range; ``unit`` does not count the inputs of a layer,
+            does not divide their number, or is all of them. Nothing is changed then.
 
     Source: Meng, Behdin, Wang & Mazumder 2024, arXiv:2406.07831, and Boza 2024, arXiv:2401.02938, for the splitting;
-    Hassibi & Stork 1992 for OBS; Sun et al. 2023, arXiv:2306.11695, for Wanda.
+    Hassibi & Stork 1992 for OBS, and Kurtic, Frantar & Alistarh 2023, arXiv:2302.04089, for units; Sun et al. 2023,
+    arXiv:2306.11695, for Wanda.
 
     Example:
         >>> import torch
@@ -146,7 +159,31 @@ def prune_and_compensate(
         >>> fits = tpe.prune_and_compensate(model, data, params, pattern=tpe.NM(2, 4), progress=False)
         >>> int(model[0].weight_mask.sum()), all(fit.after <= fit.before for fit in fits.values())
         (32, True)
+
+        Half of the hidden units of a model, which is the inputs of its second layer; the first is only re-fitted:
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> unit = {(model[2], "weight"): tpe.Channel(dim=1)}
+        >>> params = tpe.prunable_parameters(model)
+        >>> fits = tpe.prune_and_compensate(model, data, params, target_sparsity=0.5, unit=unit, progress=False)
+        >>> model[2].weight_mask.sum(0).count_nonzero(), torch.nn.utils.prune.is_pruned(model[0])
+        (tensor(4), False)
     """
+    criterion, steps = _checked(criterion, steps, unit)
+    check_goal(target_sparsity, pattern, unit)
+    task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
+    units = units_of(task.targets, unit)
+    goals = {} if target_sparsity is None else goals_of(task.targets, target_sparsity, units)
+    choice = _Choice(criterion, steps, goals, units, pattern)
+    found, fits = task.fit(choice.decide, check=choice.width)
+    task.install(found, choice.entry)
+    return fits
+
+
+def _checked(criterion: str | None, steps: int | None, unit: object) -> tuple[str, int | None]:
+    """Return the criterion and the steps that are meant, without which each has a default; None if it has no steps."""
+    if criterion is None:
+        criterion = "admm" if unit is None else "obs"
     if callable(criterion):
         raise TypeError(
             f"criterion={criterion!r} is a function, which ranks all listed tensors together. "
@@ -156,78 +193,81 @@ def prune_and_compensate(
         raise ValueError(f"criterion={criterion!r} is unknown. Pass one of {['admm', *SCORES]}.")
     if steps is not None:
         check_whole("steps", steps, 1)
-        if criterion == "admm" and steps != 1:
-            raise ValueError(
-                f"steps={steps!r} has no meaning for criterion='admm', which iterates by itself. Leave it out, or pass "
-                "criterion='obs'."
-            )
-    check_goal(target_sparsity, pattern)
-    task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
-    goals = {} if target_sparsity is None else goals_of(task.targets, target_sparsity)
+    if criterion != "admm" and (unit is None or criterion != "obs"):
+        return criterion, steps or 1
+    if steps not in (None, 1):
+        raise ValueError(
+            f"steps={steps!r} has no meaning for criterion={criterion!r}{' with unit=' * (unit is not None)}, which "
+            f"iterates by itself. Leave it out, or pass criterion={'obs' if unit is None else 'wanda'!r}."
+        )
+    return criterion, None
 
-    def decide(layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-        along = None if pattern is None else along_inputs(pattern, layer)
-        sizes = _shrinking(weight.shape[-1], goals.get((layer.module, layer.name)), along, steps or 1)
-        if criterion == "admm":
-            alive = split(problem, weight * alive, lambda scores: _largest(layer, scores, sizes[-1], alive))
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Choice:
+    """What each layer keeps.
+
+    Args:
+        criterion: by its name.
+        steps: number of rounds within a layer; None if the criterion has none.
+        goals: the sparsity of each tensor, in entries or in units; empty with a ``pattern``.
+        units: the units of each tensor that has such; None to prune by entries.
+        pattern: what the rows of all tensors keep, instead of ``goals``.
+    """
+
+    criterion: str
+    steps: int | None
+    goals: Mapping[Key, float]
+    units: Mapping[Key, Channel] | None
+    pattern: NM | None
+
+    def width(self, layer: Layer) -> int | None:
+        """Return how many columns of the layer's matrix are a unit, checked; None if it does not lose units."""
+        key = layer.module, layer.name
+        return width_of(self.units[key], layer) if self.units and self.goals[key] else None
+
+    def decide(self, layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new weights and the mask of a layer, ``(groups, outputs, inputs)``."""
+        goal, width = self.goals.get((layer.module, layer.name)), self.width(layer)
+        if goal == 0:
             return refit(problem, weight, alive), alive
-        for size in sizes:
-            alive = _largest(layer, SCORES[criterion](problem, weight * alive), size, alive)
+        along = None if self.pattern is None else along_inputs(self.pattern, layer)
+        for size in _shrinking(weight.shape[-1] // (width or 1), goal, along, self.steps or 1):
+            largest = partial(_largest, layer, size=size, width=width, alive=alive)
+            if self.criterion == "admm":
+                alive = split(problem, weight * alive, largest)
+            elif self.criterion == "obs" and width is not None and isinstance(size, int):
+                alive = of_units(greedy_units(problem, alive, width, size), width, alive)
+            else:
+                alive = largest(SCORES[self.criterion](problem, weight * alive))
             weight = refit(problem, weight, alive)
         return weight, alive
 
-    def entry(target: Target) -> GlobalPruning:
-        asked = {"target_sparsity": goals[target.module, target.name]} if pattern is None else {"pattern": pattern}
-        rounds = {} if criterion == "admm" else {"steps": steps or 1}
-        return GlobalPruning("prune_and_compensate", **asked, criterion=criterion, **rounds)
-
-    found, fits = task.fit(decide)
-    task.install(found, entry)
-    return fits
-
-
-def check_goal(target_sparsity: Sparsity | None, pattern: NM | None) -> None:
-    """Raise unless exactly one of the two is given, and is of the right type."""
-    if (target_sparsity is None) == (pattern is None):
-        raise TypeError(
-            f"target_sparsity={target_sparsity!r}, pattern={pattern!r}: pass exactly one of them, e.g. "
-            "target_sparsity=0.5 or pattern=NM(2, 4)."
-        )
-    if pattern is not None and not isinstance(pattern, NM):
-        raise TypeError(f"pattern={pattern!r} is a {type(pattern).__name__}. Pass e.g. NM(2, 4).")
+    def entry(self, target: Target) -> GlobalPruning | None:
+        """Return the entry in the history; None for a tensor that loses nothing and has no mask."""
+        key = target.module, target.name
+        asked: dict[str, Any] = {"target_sparsity": self.goals[key]} if self.goals else {"pattern": self.pattern}
+        if self.units is not None:
+            if key not in self.units and target.mask is None:
+                return None
+            asked |= {"unit": self.units[key]} if key in self.units else {}
+        asked |= {"criterion": self.criterion} | ({} if self.steps is None else {"steps": self.steps})
+        return GlobalPruning("prune_and_compensate", **asked)
 
 
-def goals_of(targets: Sequence[Target], target_sparsity: Sparsity) -> dict[Key, float]:
-    """Return the sparsity that each target shall have, or all together."""
-    keys = [(target.module, target.name) for target in targets]
-    if not isinstance(target_sparsity, Mapping):
-        check_fraction("target_sparsity", target_sparsity)
-        return dict.fromkeys(keys, target_sparsity)
-    for target, key in zip(targets, keys, strict=True):
-        if key not in target_sparsity:
-            raise ValueError(
-                f"target_sparsity has no entry for {target.where}. Give one for each tensor of params, as "
-                "{(module, name): fraction}."
-            )
-        check_fraction(f"target_sparsity[{type(target.module).__name__}, {target.name!r}]", target_sparsity[key])
-    if len(target_sparsity) > len(keys):
-        raise ValueError(
-            f"target_sparsity has {len(target_sparsity)} entries, but params lists {len(keys)} tensors. List all."
-        )
-    return {key: target_sparsity[key] for key in keys}
+def _largest(layer: Layer, scores: Tensor, size: NM | int, width: int | None, alive: Tensor) -> Tensor:
+    """Return the mask of the largest of ``scores`` of those ``alive``.
 
-
-def along_inputs(pattern: NM, layer: Layer) -> NM:
-    """Return ``pattern`` along the axis that ``layer`` sums over, unless it names an axis itself."""
-    return pattern.along(0 if layer.swapped else 1)
-
-
-def _largest(layer: Layer, scores: Tensor, size: NM | int, alive: Tensor) -> Tensor:
-    """Return the mask of the largest of ``scores`` of those ``alive``: so many of each row, or ``n`` of ``m``."""
-    if isinstance(size, int):
+    ``n`` of ``m``, or so many of each row; or so many units of ``width`` columns, by the sum of their squares.
+    """
+    if isinstance(size, NM):
+        shaped = layer.shaped(scores)
+        return layer.matrix(nm_mask(shaped, size, layer.shaped(alive)))
+    if width is None:
         return nm_mask(scores, NM(size, scores.shape[-1], dim=2), alive)
-    shaped = layer.shaped(scores)
-    return layer.matrix(nm_mask(shaped, size, layer.shaped(alive)))
+    squares = (scores * alive).double().square().unflatten(-1, (-1, width)).sum((1, 3))
+    left = alive.unflatten(-1, (-1, width)).amax((1, 3))
+    return of_units(nm_mask(squares, NM(size, squares.shape[-1], dim=1), left), width, alive)
 
 
 def _shrinking(inputs: int, target_sparsity: float | None, pattern: NM | None, steps: int) -> list[NM | int]:

@@ -109,12 +109,18 @@ class Task:
         return cls(model, targets, free, reference, dense is not None, taken(loader, options), options)
 
     def fit(
-        self, decide: Decide | None = None, *, keep_better: bool = True, progress: bool | None = None
+        self,
+        decide: Decide | None = None,
+        *,
+        check: Callable[[Layer], object] | None = None,
+        keep_better: bool = True,
+        progress: bool | None = None,
     ) -> tuple[list[Fitted], Fits]:
         """Fit all layers in sequence and return what to install; changes nothing.
 
         Args:
             decide: from a layer, its problem, its weights and mask to new ones; None to re-fit what the mask leaves.
+            check: raises for a layer that cannot be treated; called with all before the first is.
             keep_better: let no row get worse than it is with what was pruned merely zeroed.
             progress: show a bar over the layers; by default as the options say.
         """
@@ -132,6 +138,9 @@ class Task:
             steps = iter(bar)
 
             def solve(layer: Layer, moments: Moments) -> Solution:
+                if check is not None and not masks:
+                    for each in layers:
+                        check(each)
                 free, weight, mask = layer.module in self.biases, given[layer].weight(), given[layer].mask
                 problem = moments.problem(None if free else layer.bias_rows())
                 weight = layer.matrix(weight).to(wide(weight.dtype))

@@ -11,8 +11,8 @@ from torchprune_ext._host import Target
 from torchprune_ext._loading import Options, with_progress
 from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._statistics import Key
-from torchprune_ext.compensation.calls import Sparsity, goals_of
 from torchprune_ext.compensation.fitting import Fits, Task, tell
+from torchprune_ext.compensation.goals import Sparsity, goals_of
 from torchprune_ext.compensation.reference import Dense
 from torchprune_ext.global_pruning.budget import Budget
 from torchprune_ext.global_pruning.entries import global_unstructured

@@ -117,16 +117,20 @@ class Problem:
 
 
 def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
-    """Return the best weights on the support ``keep``, by conjugate gradients over many rows at once.
+    """Return the best weights on the support ``keep``, where a ridge pulls towards ``weight``.
 
-    The Gram matrix is shared, so one product per step serves every row; the mask projects and the diagonal
-    preconditions. A ridge pulls towards ``weight``.
+    Rows that keep the same columns share one factorization. Else it takes conjugate gradients over many rows at once:
+    the Gram matrix is shared, so one product per step serves every row; the mask projects and the diagonal
+    preconditions.
 
     Args:
         problem: the layer's least squares.
         weight: where to start from; what is not kept counts as 0.
         keep: 0 and 1, of its shape.
     """
+    columns = keep.amax(1, keepdim=True)
+    if torch.equal(keep, columns.expand_as(keep)):
+        return _solved(problem, weight, columns)
     gram, cross = problem.damped(weight.dtype)
     found = weight * keep
     before = problem.error(found)
@@ -135,6 +139,16 @@ def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
     ):
         _descend(gram, *part)
     return found
+
+
+def _solved(problem: Problem, weight: Tensor, columns: Tensor) -> Tensor:
+    """Return the least squares on whole ``columns``, 0 and 1, ``(groups, 1, inputs)``."""
+    gram, cross = problem.damped(torch.float64)
+    columns = columns.double()
+    gram.mul_(columns).mul_(columns.mT).diagonal(dim1=-2, dim2=-1).add_(1 - columns.squeeze(1))
+    factor = torch.linalg.cholesky(gram)
+    cross.add_(weight, alpha=RIDGE).mul_(columns)
+    return torch.cholesky_solve(cross.mT, factor).mT.to(weight.dtype)
 
 
 def _descend(gram: Tensor, found: Tensor, keep: Tensor, cross: Tensor, errors: Tensor) -> None:
@@ -176,7 +190,7 @@ def split(problem: Problem, weight: Tensor, choose: Choose) -> Tensor:
     for step in range(SPLITTING):
         if step % EVERY == 0:
             penalty = PENALTY * GROWTH ** (step // EVERY)
-            inverse = _inverse(gram, penalty)
+            inverse = inverse_of(gram, penalty)
         for rows in zip(*(t.split(ROWS, 1) for t in (dual, sparse, cross)), strict=True):
             rows[0].add_(torch.sub(rows[1], rows[0]).mul_(penalty).add_(rows[2]) @ inverse)
         mask = choose(dual)
@@ -185,7 +199,7 @@ def split(problem: Problem, weight: Tensor, choose: Choose) -> Tensor:
     return mask
 
 
-def _inverse(gram: Tensor, shift: float) -> Tensor:
+def inverse_of(gram: Tensor, shift: float = 0.0) -> Tensor:
     """Return the inverse of ``gram`` with ``shift`` added to its diagonal."""
     shifted = gram.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
@@ -213,7 +227,7 @@ def obs_scores(problem: Problem, weight: Tensor) -> Tensor:
     Source: Hassibi & Stork 1992, *Second Order Derivatives for Network Pruning: Optimal Brain Surgeon*.
     """
     gram, _ = problem.damped(weight.dtype)
-    inverse = _inverse(gram, 0.0)
+    inverse = inverse_of(gram)
     return weight.square() / inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
 
 
