@@ -38,6 +38,8 @@ ORDER = [
     "discovery",
     "lifecycle",
     "deploy.timing",
+    "deploy.counting",
+    "deploy.compare",
     "deploy.copying",
     "deploy.sparse_layers",
     "deploy.conversion",

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchprune_ext._batches import Batch, is_leaf, tree_map
+from torchprune_ext._batches import Batch, arguments, is_leaf, tree_map
 from torchprune_ext._checks import check_finite, check_module, leave_out
 from torchprune_ext._host import Target, as_plain, targets_of
 from torchprune_ext._loading import Options, check_options, read, with_progress
@@ -64,13 +64,11 @@ class Run:
 
     def output(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Any:
         """Return what the model, or the model with other ``parameters``, makes of ``inputs``."""
-        keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
-        plain = not isinstance(inputs, (Mapping, tuple, list)) or is_leaf(inputs)
-        arguments = () if keywords else (inputs,) if plain else tuple(inputs)
+        given, keywords = arguments(inputs)
         if parameters is None:
             with nullcontext() if self.written is None else self.written.first_forward():
-                return self.model(*arguments, **keywords)
-        return functional_call(self.model, parameters, arguments, keywords)
+                return self.model(*given, **keywords)
+        return functional_call(self.model, parameters, given, keywords)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of ``batch``; anything but a finite number is refused, and so is a sum over samples."""
