@@ -71,6 +71,7 @@ ORDER = [
     "global_pruning.nm",
     "global_pruning.zeros",
     "compensation.coroutines",
+    "compensation.batch_norm",
     "compensation.solvers",
     "compensation.streams",
     "compensation.reference",

@@ -8,6 +8,7 @@ from torchprune_ext.compensation import (
     dense_values,
     prune_and_compensate,
     prune_in_rounds,
+    recalibrate_bn,
     sparsegpt,
 )
 from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
@@ -125,6 +126,7 @@ __all__ = [
     "prune_in_rounds",
     "prune_to",
     "pruned_parameters",
+    "recalibrate_bn",
     "refresh",
     "remove",
     "remove_all",

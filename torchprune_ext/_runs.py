@@ -27,6 +27,7 @@ from torchprune_ext._statistics import Key
 __all__ = ["Batch", "Key", "LossFn", "Options", "Run", "add", "calibrating", "tree_map", "with_progress"]
 
 PER_SAMPLE = 1 << 24  # most numbers in the gradients of the samples that are computed at once
+CPU = torch.device("cpu")
 LossFn = Callable[[Any, Any], Tensor]
 
 
@@ -50,7 +51,7 @@ class Run:
         self.names = [names[id(tensor)] for tensor in self.tensors]
         self.ranks = Ranks(options.get("process_group"))
         self.vectorized, self.reached, self.rehearsed = True, False, 0
-        self.device = self.tensors[0].device
+        self.device = next((t.device for t in [*self.tensors, *model.parameters(), *model.buffers()]), CPU)
         self.written: Written | None = None
 
     def zeros(self) -> list[Tensor]:
@@ -221,11 +222,11 @@ class Run:
 
 @contextmanager
 def calibrating(
-    model: nn.Module, params: Iterable[Key], options: Options, loss_fn: LossFn | None = None
+    model: nn.Module, params: Iterable[Key] | None, options: Options, loss_fn: LossFn | None = None
 ) -> Iterator[Run]:
-    """Open a :class:`Run` over the tensors ``params`` of ``model`` and put everything back at its end.
+    """Open a :class:`Run` over the tensors ``params`` of ``model``, None to look at none, and put everything back.
 
-    What is put back, also after an error: the mode of each module, buffers, pruning, ``requires_grad``, and with
+    That is done at the end, also after an error: the mode of each module, buffers, pruning, ``requires_grad``, and with
     ``keep_rng`` the random state. Gradients are not touched.
     """
     check_module("model", model)
@@ -242,8 +243,8 @@ def calibrating(
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # it would pass the layers of a transformer by
-        targets = list(targets_of(params).values())
-        if not targets:
+        targets = [] if params is None else list(targets_of(params).values())
+        if not targets and params is not None:
             raise ValueError(
                 "params=[] lists no tensor. Pass (module, name) pairs, e.g. of prunable_parameters(model)."
             )
