@@ -251,6 +251,26 @@ def test_half_of_each_loader_does_with_max_batches_and_pairs_do():
     assert_same(model, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_makes_no_difference(made_inside):
+    samples = torch.randn(9, 3)
+    with torch.inference_mode(made_inside):
+        model = dense()
+    with torch.inference_mode():
+        recalibrate(model, samples.split(4))
+        assert_same(model, by_definition(model, samples), rtol=1e-4, atol=1e-6)
+    assert model[1].running_mean.is_inference() == made_inside
+
+
+def test_synchronized_layers_and_any_number_of_axes_do():
+    model = nn.Sequential(nn.BatchNorm3d(2), nn.SyncBatchNorm(2))
+    samples = 3 + torch.randn(4, 2, 2, 3, 2)
+    recalibrate(model, [samples])
+    torch.testing.assert_close(model[0].running_mean, samples.mean((0, 2, 3, 4)))
+    torch.testing.assert_close(model[0].running_var, samples.var((0, 2, 3, 4), correction=1))
+    torch.testing.assert_close(model[1].running_mean, torch.zeros(2), rtol=0, atol=1e-5)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="torch.compile needs a C++ compiler")
 def test_compiled_models_are_recalibrated_too():
     model = build("dense").float()

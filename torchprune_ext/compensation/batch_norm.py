@@ -98,7 +98,7 @@ def _write(found: Statistics, batches: int) -> None:
             (buffer, named[name]) for name, buffer in layer._buffers.items() if name in named and buffer is not None
         ]
     old = [(buffer, buffer.clone()) for buffer, _ in new]
-    with torch.no_grad():
+    with torch.inference_mode():  # buffers that were made in it can only be written in it
         try:
             for buffer, values in new:
                 buffer.copy_(values)
