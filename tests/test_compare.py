@@ -128,6 +128,12 @@ class Products(nn.Module):
         return torch.mv(a, a[0]) + torch.dot(a[0], a[0])
 
 
+class Recorded(nn.Linear):
+    def forward(self, inputs):
+        with torch.profiler.record_function("product"):
+            return super().forward(inputs)
+
+
 class Sparse(nn.Module):
     """A product with a matrix of 3 stored entries."""
 
@@ -152,6 +158,7 @@ def macs(model, *inputs):
 MACS = {
     "linear": (nn.Linear(8, 4), torch.ones(3, 8), 3 * 8 * 4),
     "linear, one sample without an axis": (nn.Linear(8, 4), torch.ones(8), 8 * 4),
+    "linear, recorded for a profiler": (Recorded(8, 4), torch.ones(3, 8), 3 * 8 * 4),
     "convolution in groups": (nn.Conv2d(4, 8, 3, groups=2), torch.ones(2, 4, 8, 8), 2 * 36 * 8 * 2 * 9),
     "transposed convolution": (nn.ConvTranspose2d(4, 8, 3, groups=2), torch.ones(1, 4, 8, 8), 64 * 4 * 4 * 9),
     "attention": (Attention(), torch.ones(2, 2, 5, 4), 2 * 2 * (2 * 5 * 5 * 4)),

@@ -20,7 +20,9 @@ PRODUCT = re.compile(
     r"(?<!_thnn_fused_)(?<![^_])(\w*mm|(add)?mv|v?dot|ger|addr|matmul|(bi|tri)?linear|conv([123]d)?|convolution|rnn|lstm|"
     r"gru|attention|transformer|encoder|einsum|tensordot|cdist)(?![^_])"
 )  # in the names of operations that multiply and add up
-NAMESPACES = frozenset(("aten", "prim", "prims", "torchvision"))  # whose operations are known by their names
+NAMESPACES = frozenset(
+    ("aten", "prim", "prims", "profiler", "torchvision", "c10d", "_c10d_functional")
+)  # known by names
 
 
 def count_macs(model: nn.Module, call: Callable[[], object]) -> int | None:
