@@ -101,12 +101,11 @@ def efficientnet(arguments: argparse.Namespace) -> Case:
     tpe.prune_and_compensate(
         pruned,
         list(crops.split(16)),
-        projections,
+        tpe.prunable_parameters(pruned),  # all are re-fitted, since what they get changes
         target_sparsity=0.5,
-        unit=tpe.Channel(dim=1),
+        unit=dict.fromkeys(projections, tpe.Channel(dim=1)),
         progress=False,
     )
-    tpe.recalibrate_bn(pruned, list(crops.split(16)), progress=False)
     with torch.no_grad():
         labels = torch.cat([dense(part).argmax(1) for part in held_out.split(50)])
 
@@ -211,7 +210,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="state dict of a trained LeNet; do not train")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="networks (all)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="batch sizes (1 8 64)")
-    parser.add_argument("--crops", type=int, default=128, help="of photographs, to re-fit on (%(default)s)")
+    parser.add_argument("--crops", type=int, default=48, help="of photographs, to re-fit on (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of measuring (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
     return parser.parse_args()
