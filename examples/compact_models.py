@@ -211,7 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="networks (all)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="batch sizes (1 8 64)")
     parser.add_argument("--crops", type=int, default=48, help="of photographs, to re-fit on (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of measuring (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="of measuring (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
     return parser.parse_args()
 
