@@ -8,10 +8,12 @@ from torchprune_ext.compensation import (
     dense_values,
     prune_and_compensate,
     prune_in_rounds,
+    recalibrate_bn,
     sparsegpt,
 )
 from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
 from torchprune_ext.deploy.compact_files import load_compact, save_compact
+from torchprune_ext.deploy.compare import Comparison, compare
 from torchprune_ext.deploy.copying import copy_pruned, copyable, refresh
 from torchprune_ext.deploy.csr import CSRLinear, csr_report, to_csr
 from torchprune_ext.deploy.freezing import frozen
@@ -68,6 +70,7 @@ __all__ = [
     "BlockLn",
     "CSRLinear",
     "Channel",
+    "Comparison",
     "DenseValues",
     "EveryOther",
     "Fit",
@@ -86,6 +89,7 @@ __all__ = [
     "bn_pairs",
     "bn_scaling",
     "calibration",
+    "compare",
     "compensate",
     "copy_pruned",
     "copyable",
@@ -122,6 +126,7 @@ __all__ = [
     "prune_in_rounds",
     "prune_to",
     "pruned_parameters",
+    "recalibrate_bn",
     "refresh",
     "remove",
     "remove_all",

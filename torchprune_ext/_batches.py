@@ -53,6 +53,14 @@ def leaves(tree: Any) -> list[Tensor]:
     return found
 
 
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return ``inputs`` of a model as the positional arguments and the keywords that it is called with."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    plain = not isinstance(inputs, (tuple, list)) or is_leaf(inputs)
+    return (inputs,) if plain else tuple(inputs), {}
+
+
 def _flat(tree: Any) -> tuple[list[Any], Any]:
     """Return the leaves of ``tree``, whose mappings, lists and tuples are plain, and how they stand together."""
     return pytree.tree_flatten(tree, is_leaf=is_leaf)

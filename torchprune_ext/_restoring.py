@@ -37,15 +37,15 @@ def restore(module: nn.Module, contents: Contents) -> None:
         parameter.data = values
 
 
-def contents_of(module: nn.Module) -> Contents:
-    """Return class and attributes of ``module``, copies of those that are tables, and the data of its parameters."""
+def contents_of(module: nn.Module, *, data: bool = True) -> Contents:
+    """Return class and attributes of ``module``, copies of its tables, and with ``data`` that of its parameters."""
     tables = [value for value in vars(module).values() if isinstance(value, (dict, list, set))]
     parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
     return (
         type(module),
         dict(vars(module)),
         [(table, table.copy()) for table in tables],
-        [(p, p.data) for p in parameters],
+        [(p, p.data) for p in parameters] if data else [],
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchprune_ext._batches import Batch, is_leaf, tree_map
+from torchprune_ext._batches import Batch, arguments, is_leaf, tree_map
 from torchprune_ext._checks import check_finite, check_module, leave_out
 from torchprune_ext._host import Target, as_plain, targets_of
 from torchprune_ext._loading import Options, check_options, read, with_progress
@@ -27,6 +27,7 @@ from torchprune_ext._statistics import Key
 __all__ = ["Batch", "Key", "LossFn", "Options", "Run", "add", "calibrating", "tree_map", "with_progress"]
 
 PER_SAMPLE = 1 << 24  # most numbers in the gradients of the samples that are computed at once
+CPU = torch.device("cpu")
 LossFn = Callable[[Any, Any], Tensor]
 
 
@@ -50,7 +51,7 @@ class Run:
         self.names = [names[id(tensor)] for tensor in self.tensors]
         self.ranks = Ranks(options.get("process_group"))
         self.vectorized, self.reached, self.rehearsed = True, False, 0
-        self.device = self.tensors[0].device
+        self.device = next((t.device for t in [*self.tensors, *model.parameters(), *model.buffers()]), CPU)
         self.written: Written | None = None
 
     def zeros(self) -> list[Tensor]:
@@ -64,13 +65,11 @@ class Run:
 
     def output(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Any:
         """Return what the model, or the model with other ``parameters``, makes of ``inputs``."""
-        keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
-        plain = not isinstance(inputs, (Mapping, tuple, list)) or is_leaf(inputs)
-        arguments = () if keywords else (inputs,) if plain else tuple(inputs)
+        given, keywords = arguments(inputs)
         if parameters is None:
             with nullcontext() if self.written is None else self.written.first_forward():
-                return self.model(*arguments, **keywords)
-        return functional_call(self.model, parameters, arguments, keywords)
+                return self.model(*given, **keywords)
+        return functional_call(self.model, parameters, given, keywords)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of ``batch``; anything but a finite number is refused, and so is a sum over samples."""
@@ -223,11 +222,11 @@ class Run:
 
 @contextmanager
 def calibrating(
-    model: nn.Module, params: Iterable[Key], options: Options, loss_fn: LossFn | None = None
+    model: nn.Module, params: Iterable[Key] | None, options: Options, loss_fn: LossFn | None = None
 ) -> Iterator[Run]:
-    """Open a :class:`Run` over the tensors ``params`` of ``model`` and put everything back at its end.
+    """Open a :class:`Run` over the tensors ``params`` of ``model``, None to look at none, and put everything back.
 
-    What is put back, also after an error: the mode of each module, buffers, pruning, ``requires_grad``, and with
+    That is done at the end, also after an error: the mode of each module, buffers, pruning, ``requires_grad``, and with
     ``keep_rng`` the random state. Gradients are not touched.
     """
     check_module("model", model)
@@ -244,8 +243,8 @@ def calibrating(
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # it would pass the layers of a transformer by
-        targets = list(targets_of(params).values())
-        if not targets:
+        targets = [] if params is None else list(targets_of(params).values())
+        if not targets and params is not None:
             raise ValueError(
                 "params=[] lists no tensor. Pass (module, name) pairs, e.g. of prunable_parameters(model)."
             )

@@ -10,6 +10,7 @@ pass as much data as fits, e.g. with ``max_batches``.
 """
 
 from torchprune_ext.compensation.baseline import sparsegpt
+from torchprune_ext.compensation.batch_norm import recalibrate_bn
 from torchprune_ext.compensation.calls import compensate, prune_and_compensate
 from torchprune_ext.compensation.fitting import Fit, Fits
 from torchprune_ext.compensation.reference import DenseValues, dense_values
@@ -23,5 +24,6 @@ __all__ = [
     "dense_values",
     "prune_and_compensate",
     "prune_in_rounds",
+    "recalibrate_bn",
     "sparsegpt",
 ]
