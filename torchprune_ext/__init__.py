@@ -12,6 +12,7 @@ from torchprune_ext.compensation import (
     sparsegpt,
 )
 from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
+from torchprune_ext.deploy.compact import DeadUnits, compact, dead_units
 from torchprune_ext.deploy.compact_files import load_compact, save_compact
 from torchprune_ext.deploy.compare import Comparison, compare
 from torchprune_ext.deploy.copying import copy_pruned, copyable, refresh
@@ -71,6 +72,7 @@ __all__ = [
     "CSRLinear",
     "Channel",
     "Comparison",
+    "DeadUnits",
     "DenseValues",
     "EveryOther",
     "Fit",
@@ -89,12 +91,14 @@ __all__ = [
     "bn_pairs",
     "bn_scaling",
     "calibration",
+    "compact",
     "compare",
     "compensate",
     "copy_pruned",
     "copyable",
     "criteria",
     "csr_report",
+    "dead_units",
     "dense_state_dict",
     "dense_values",
     "every_other",

@@ -1,0 +1,291 @@
+"""Which entries of which tensors of a model are one channel: the groups of channels that can only go together.
+
+A channel is given by rows of one or several tensors (a filter, its bias, its BatchNorm entries; in a residual stream,
+a filter of each block) and read by columns of others. :func:`graph_of` finds out by watching one forward pass.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import is_parametrized
+
+from torchprune_ext._checks import check_module
+from torchprune_ext._facts import Read
+from torchprune_ext._runs import left_as_it_was, refuse_lazy
+from torchprune_ext._tracing import Trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """What a group of channels is in one axis of one parameter or buffer.
+
+    Args:
+        module: the module that holds the tensor, and under which name.
+        param: name of the tensor in the module.
+        name: name of the tensor in the model; of a tied one, the first.
+        axis: the axis that counts channels.
+        reads: whether the tensor reads the channels (columns of a consumer); else it gives them (rows, bias,
+            BatchNorm).
+        indices: int64 of shape ``(size, each)``, which places of the axis are channel i: several where the map of a
+            channel was flattened, or where a channel is a head.
+    """
+
+    module: nn.Module
+    param: str
+    name: str
+    axis: int
+    reads: bool
+    indices: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """A product that sums over the channels of a group.
+
+    Args:
+        reader: name of the weight that the channels are multiplied with; None if it is not one.
+        bias: name of the bias that the same operation adds, or None.
+        columns: int64 of shape ``(size, each)``, the reader's columns.
+        silent: bool of the same shape, whether the place adds nothing, whatever the input.
+        value: float64 of the same shape, the constant that is read there whatever the input, or NaN.
+        padded: whether the reader also sums over zeros around its input.
+    """
+
+    reader: str | None
+    bias: str | None
+    columns: Tensor
+    silent: Tensor
+    value: Tensor
+    padded: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Channels of the same kind: the same axes of the same tensors, each channel with its own entries of them.
+
+    Args:
+        size: number of channels.
+        members: what they are in each tensor.
+        readings: the products that sum over them.
+        fixed: why they must stay, or None.
+    """
+
+    size: int
+    members: tuple[Member, ...]
+    readings: tuple[Reading, ...]
+    fixed: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors with a matrix or kernel that give the channels; of others, where there is none."""
+        given = [each for each in self.members if not each.reads]
+        large = [each.name for each in given if getattr(each.module, each.param).dim() > 1]
+        return large or [each.name for each in given or self.members]
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Return what ``model`` makes of a tensor, a tuple of positional or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def outputs_in(tree: Any, where: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a model's output and how to get at them: from tuples, mappings and dataclasses."""
+    if isinstance(tree, Tensor):
+        yield where, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from outputs_in(value, f"{where}[{key!r}]")
+    elif isinstance(tree, (tuple, list)):
+        for place, value in enumerate(tree):
+            yield from outputs_in(value, f"{where}[{place}]")
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        for each in fields(tree):
+            yield from outputs_in(getattr(tree, each.name), f"{where}.{each.name}")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let the model run in eval mode, without gradients and fused attention, and leave all as it was."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng())
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of a whole layer at once
+        stack.enter_context(left_as_it_was(model))
+        model.eval()
+        yield
+
+
+def graph_of(model: nn.Module, example_inputs: Any) -> tuple[Group, ...]:
+    """Find the channels of ``model`` by one forward pass in eval mode, and leave it as it was.
+
+    Args:
+        model: any module. Pruned tensors count with their effective weights.
+        example_inputs: one batch: a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    Returns:
+        The groups, in the order of the model's parameters.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: a layer has no shape yet, a tensor is quantized, or the output holds no tensor.
+    """
+    check_module("model", model)
+    refuse_lazy(model)
+    with evaluating(model):
+        named: dict[str, Tensor] = dict(model.named_parameters())
+        named |= {name: buffer for name, buffer in model.named_buffers() if buffer.dim()}
+        for name, tensor in named.items():
+            if tensor.is_quantized or tensor.is_meta or tensor.layout != torch.strided:
+                what = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else "sparse"
+                raise ValueError(f"{name} is {what}. Pass the model of plain tensors that it was made from.")
+        trace = Trace(named)
+        with sdpa_kernel(SDPBackend.MATH), trace:
+            out = call(model, example_inputs)
+        found = list(outputs_in(out))
+        if not found:
+            raise ValueError(
+                f"model of type {type(model).__name__} returned a {type(out).__name__}, which holds no tensor. Let it "
+                "return tensors, in tuples, dictionaries or dataclasses."
+            )
+        for _, tensor in found:
+            for labels in trace.known(tensor).fields:
+                trace.book.fix(labels, "the model returns it")
+        _fix_modules(model, trace)
+        owners = {
+            f"{path}.{key}" if path else key: (module, key)
+            for path, module in model.named_modules()
+            for key in (*module._parameters, *module._buffers)
+        }
+        return tuple(_groups(trace, owners))
+
+
+def _fix_modules(model: nn.Module, trace: Trace) -> None:
+    """Fix the channels of modules whose code depends on widths in its own way."""
+    reasons: dict[str, str] = {}
+    for path, module in model.named_modules():
+        why = None
+        if isinstance(module, nn.MultiheadAttention):
+            why = "nn.MultiheadAttention computes the width of its heads from embed_dim, so none can go"
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            why = f"{type(module).__name__} is recurrent"
+        elif isinstance(module, torch.jit.ScriptModule):
+            why = "its module is scripted"
+        elif is_parametrized(module) or any(hasattr(module, f"{key}_g") for key in ("weight",)):
+            why = "its module is parametrized"
+        if why is not None:
+            below = (name for name, _ in [*module.named_parameters(), *module.named_buffers()])
+            reasons |= {f"{path}.{name}" if path else name: why for name in below}
+    for name, _, start, size in trace.axes:
+        if name in reasons:
+            trace.book.fix(torch.arange(start, start + size), reasons[name])
+
+
+def _components(count: int, pairs: Tensor) -> Tensor:
+    """Return, for each label, the smallest label of its channel."""
+    root = torch.arange(count)
+    while bool((root[pairs[0]] != root[pairs[1]]).any()):
+        ends = root[pairs]
+        low = ends.amin(0)
+        root = root.scatter_reduce(0, ends[0], low, "amin").scatter_reduce(0, ends[1], low, "amin")
+        while not torch.equal(root, root[root]):
+            root = root[root]
+    return root
+
+
+def _settled(trace: Trace) -> Tensor:
+    """Return, for each label, the smallest label of its channel, such that all grids can be cut in rows or columns."""
+    book = trace.book
+    pairs = torch.cat([torch.zeros((2, 0), dtype=torch.int64), *(each.cpu() for each in book.pairs)], 1)
+    while True:
+        root = _components(trace.count, pairs)
+        more = []
+        for grid in book.grids:
+            labels = root[grid.cpu().squeeze()]
+            axes = [axis for axis in range(labels.dim()) if bool((labels != labels.narrow(axis, 0, 1)).any())]
+            if len(axes) == 2:  # neither rows nor columns are whole: channel j of each part goes together
+                first = axes[0] if labels.dim() == 2 else min(axes)
+                more.append(torch.stack([labels.reshape(-1), labels.narrow(first, 0, 1).expand_as(labels).reshape(-1)]))
+            elif len(axes) > 2:
+                book.fix(labels, "its places are mixed with those of other channels")
+        if not more:
+            return root
+        pairs = torch.cat([pairs, *more], 1)
+
+
+def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterator[Group]:
+    """Yield the groups that a trace has found."""
+    root, reads = _settled(trace), trace.book.reads
+    why = torch.zeros(trace.count, dtype=torch.int64)  # by the smallest label: 0, or 1 + place among the reasons
+    for place, (labels, _) in reversed(list(enumerate(trace.book.fixed))):
+        why[root[labels.cpu()]] = place + 1
+    axis_of = torch.zeros(trace.count, dtype=torch.int64)
+    for place, (_, _, start, size) in enumerate(trace.axes):
+        axis_of[start : start + size] = place
+    # what tells the kinds of channels apart: how many entries they have in which axes and in which products
+    made = torch.Generator().manual_seed(0)
+    keys = torch.randint(1 << 62, (len(trace.axes) + len(reads) + 1,), generator=made)
+    kind = torch.zeros(trace.count, dtype=torch.int64).index_add(0, root[1:], keys[axis_of[1:]])
+    read_labels = [each.labels.cpu() for each in reads]
+    for place, labels in enumerate(read_labels):
+        kind.index_add_(0, root[labels], keys[len(trace.axes) + place].expand(len(labels)))
+    reasons = {text: place + 1 for place, text in enumerate(dict.fromkeys(text for _, text in trace.book.fixed))}
+    told = torch.tensor([0, *(reasons[text] for _, text in trace.book.fixed)])
+    kind = kind * 1_000_003 + told[why]
+    reading_labels = set(torch.cat([torch.zeros(0, dtype=torch.int64), *read_labels]).tolist())
+    kinds, kind_of = kind[root].unique(return_inverse=True)
+    order = torch.argsort(kind_of * trace.count + root, stable=True)
+    order = order[order > 0]
+    bounds = torch.bincount(kind_of[1:], minlength=len(kinds)).tolist()
+    by_kind = sorted((part for part in order.split(bounds) if len(part)), key=lambda part: int(part.min()))
+    readings = _readings(trace, root, kind_of, read_labels)
+    for part in by_kind:
+        size = len(root[part].unique())
+        members = []
+        for place in axis_of[part].unique().tolist():
+            name, axis, start, _ = trace.axes[place]
+            labels = part[axis_of[part] == place].view(size, -1)
+            module, key = owners[name]
+            members.append(Member(module, key, name, axis, int(labels[0, 0]) in reading_labels, labels - start))
+        text = trace.book.fixed[int(why[root[part[0]]]) - 1][1] if int(why[root[part[0]]]) else None
+        own = tuple(readings.get(int(kind_of[part[0]]), ()))
+        yield Group(size, tuple(members), own, "nothing reads it" if text is None and not own else text)
+
+
+def _readings(trace: Trace, root: Tensor, kind_of: Tensor, read_labels: list[Tensor]) -> dict[int, list[Reading]]:
+    """Return the readings of each kind of channels."""
+    found: dict[int, list[Reading]] = {}
+    starts = torch.zeros(trace.count, dtype=torch.int64)
+    for _, _, start, size in trace.axes:
+        starts[start : start + size] = start
+    for read, labels in zip(trace.book.reads, read_labels, strict=True):
+        for kind in kind_of[labels].unique().tolist():
+            chosen = (kind_of[labels] == kind).nonzero().flatten()
+            chosen = chosen[torch.argsort(root[labels[chosen]], stable=True)]
+            own = labels[chosen]
+            shape = (len(root[own].unique()), -1)
+            found.setdefault(kind, []).append(
+                Reading(
+                    read.reader,
+                    read.bias,
+                    (own - starts[own]).view(shape),
+                    read.silent.cpu()[chosen].view(shape),
+                    _wide(read)[chosen].view(shape),
+                    read.padded,
+                )
+            )
+    return found
+
+
+def _wide(read: Read) -> Tensor:
+    value = read.value.cpu().double()
+    return torch.full_like(value, math.nan) if read.reader is None else value

@@ -1,0 +1,203 @@
+"""Takes channels out of a model and checks that it still computes the same, on real numbers."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_ext._batches import tree_map
+from torchprune_ext._checks import warn
+from torchprune_ext._graph import call, evaluating, outputs_in
+from torchprune_ext.deploy.cutting import Cut, cut
+
+M = TypeVar("M", bound=nn.Module)
+ROUNDING = 1 << 10  # largest difference of outputs, in units in the last place of the largest
+
+
+class _WidthError(Exception):
+    """The code of a model does not run with the new widths."""
+
+
+class _ValueError(Exception):
+    """A smaller model computes something else."""
+
+
+def without(plain: M, cuts: Sequence[Cut], inputs: Any) -> M:
+    """Return a copy of a model without some channels, whose outputs agree.
+
+    Args:
+        plain: the model, without masks.
+        cuts: what is to go. What the model's code does not allow stays, with a warning.
+        inputs: a batch, on which the two are compared, and on another one that is made of it.
+
+    Raises:
+        RuntimeError: they do not agree, and which groups are to blame.
+        ValueError: the model's code allows nothing.
+    """
+    wanted = _Outputs(plain, inputs)
+    try:
+        return _attempt(plain, cuts, wanted)
+    except (_WidthError, _ValueError) as error:
+        first = error
+    allowed, stay, wrong = [], [], []
+    for each in cuts:
+        try:
+            allowed.append(_alone(plain, each, wanted))
+        except _WidthError as error:
+            stay.append(f"{', '.join(each.group.names[:3])}: {error}")
+        except _ValueError as error:
+            wrong.append(f"{', '.join(each.group.names[:3])}: {error}")
+    if wrong:
+        raise RuntimeError(
+            "Without these channels the model computes something else, so nothing was removed. Its code depends on "
+            "their number, or on values that are not in its parameters:\n  " + "\n  ".join(wrong)
+        )
+    if not allowed:
+        raise ValueError("The model's code fixes all widths that could be smaller:\n  " + "\n  ".join(stay))
+    try:
+        small = _attempt(plain, allowed, wanted)
+    except (_WidthError, _ValueError) as error:
+        raise RuntimeError(
+            f"Nothing was removed: each group of channels can go, but not all together ({error}). Groups: "
+            + "; ".join(", ".join(each.group.names[:3]) for each in allowed)
+        ) from first
+    if stay:
+        warn(
+            "compact leaves channels that are dead, since the model's code fixes their number. Let it read the width "
+            "from the tensor, as x.flatten(1) does:\n  " + "\n  ".join(stay)
+        )
+    return small
+
+
+def _alone(plain: nn.Module, each: Cut, wanted: "_Outputs") -> Cut:
+    """Return a cut that works alone, with the numbers that it needs put right."""
+    try:
+        _attempt(plain, [each], wanted)
+    except (_WidthError, _ValueError) as error:
+        wide = replace(each, widest=True)
+        try:
+            _attempt(plain, [wide], wanted)
+        except (_WidthError, _ValueError):
+            raise error from None
+        return wide
+    return each
+
+
+def _attempt(plain: M, cuts: Sequence[Cut], wanted: "_Outputs") -> M:
+    """Return a copy without some channels if its outputs are the wanted ones."""
+    small = copy.deepcopy(plain)
+    cut(small, cuts)
+    problem = wanted.differ(small, wanted.dtype)
+    if problem is not None and wanted.dtype != torch.float64:  # is it rounding?
+        try:
+            wanted.of(torch.float64)
+        except Exception:  # code that is bound to its dtype
+            raise _ValueError(problem) from None
+        problem = wanted.differ(small, torch.float64)
+    if problem is not None:
+        raise _ValueError(problem)
+    return small
+
+
+class _Outputs:
+    """What a model makes of inputs, in several dtypes.
+
+    Args:
+        model: the model.
+        inputs: a batch.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self.model, self.inputs = model, inputs
+        dtypes = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+        halves = dtypes & {torch.float16, torch.bfloat16}
+        self.dtype = None if not halves else torch.float32  # None: as it is
+        self.found: dict[torch.dtype | None, list[Any]] = {}
+
+    def of(self, dtype: torch.dtype | None) -> list[Any]:
+        """Return the outputs of the model itself."""
+        if dtype not in self.found:
+            self.found[dtype] = list(_outputs(self.model, self.inputs, dtype))
+        return self.found[dtype]
+
+    def differ(self, small: nn.Module, dtype: torch.dtype | None) -> str | None:
+        """Return where the outputs of a smaller model differ, or None."""
+        wanted = self.of(dtype)
+        try:
+            given = list(_outputs(small, self.inputs, dtype))
+        except Exception as error:  # whatever the model raises
+            first = (str(error).splitlines() or [""])[0]
+            raise _WidthError(f"with fewer channels it raises {type(error).__name__}: {first}") from error
+        for one, other in zip(wanted, given, strict=True):
+            if one is None:
+                continue
+            if other is None:
+                raise _WidthError("with fewer channels it cannot be called with other values")
+            if [name for name, _ in one] != [name for name, _ in other]:
+                return "it returns other things"
+            for (name, a), (_, b) in zip(one, other, strict=True):
+                if (why := _difference(a, b)) is not None:
+                    return f"{name} {why}"
+        return None
+
+
+def _outputs(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Iterator[list[tuple[str, Tensor]] | None]:
+    """Yield what a model makes of inputs, and of others made of them; None where it cannot take these."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    if dtype is not None:
+        model, inputs = copy.deepcopy(model).to(dtype), tree_map(cast, inputs)
+    for place, each in enumerate((inputs, _others(inputs))):
+        with evaluating(model):
+            torch.manual_seed(0)
+            try:
+                found = [(name, tensor.detach().clone()) for name, tensor in outputs_in(call(model, each))]
+            except Exception:
+                if not place:
+                    raise
+                yield None
+                continue
+        yield found
+
+
+def _others(inputs: Any) -> Any:
+    """Return inputs with other values: noise on real ones, whole ones in reverse along their last axis."""
+    made = torch.Generator().manual_seed(0)
+
+    def other(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.flip(-1) if tensor.dim() > 1 else tensor
+        noise = torch.randn(tensor.shape, generator=made, dtype=torch.float32).to(tensor)
+        finite = tensor[tensor.isfinite()].float()
+        scale = float(finite.std(correction=0)) if finite.numel() > 1 else 1.0
+        return tensor * 0.7 + noise * (scale or 1.0)
+
+    return tree_map(other, inputs)
+
+
+def _difference(a: Tensor, b: Tensor) -> str | None:
+    """Return how two outputs differ by more than rounding, or None."""
+    if a.shape != b.shape:
+        return f"has shape {tuple(b.shape)}, not {tuple(a.shape)}"
+    if a.dtype != b.dtype:
+        return f"has dtype {b.dtype}, not {a.dtype}"
+    if a.layout != torch.strided or a.is_nested:
+        return None
+    if not a.is_floating_point() and not a.is_complex():
+        return None if torch.equal(a, b) else "has other values"
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool(same.all()):
+        return None
+    finite = a[a.isfinite()].abs()
+    scale = float(finite.amax()) if finite.numel() else 0.0
+    apart = (a - b).abs()
+    bad = ~same & ~(apart <= ROUNDING * torch.finfo(a.dtype).eps * scale)
+    if not bool(bad.any()):
+        return None
+    worst = float(apart[bad].nan_to_num(float("inf")).amax())
+    return f"differs by {worst:.2g} where its largest value is {scale:.2g}"
