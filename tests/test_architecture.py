@@ -34,6 +34,8 @@ ORDER = [
     "_rehearsal",
     "_runs",
     "_facts",
+    "_rules",
+    "_products",
     "_tracing",
     "_graph",
     "_rows",

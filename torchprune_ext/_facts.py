@@ -6,8 +6,9 @@ again. Fields, like all facts, have the shape of the tensor and stride 0 along e
 same, so they take next to no memory, and what moves entries about (a transpose, a view) moves them alike.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,13 @@ class Facts:
         fields: int64, of the tensor's shape; labels, 0 for an entry that must stay.
         moves: bool, of the tensor's shape: whether an entry may change with the model's inputs.
         source: name of the parameter or buffer that the tensor is, or a view of it.
+        whole: whether it is all of that.
     """
 
     fields: list[Tensor]
     moves: Tensor
     source: str | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,10 +36,11 @@ class Read:
     """Channels that a product sums over.
 
     Args:
-        labels: of the channels, ``(k,)``.
+        labels: of the channels, ``(k,)``; those of the weight, if one of the factors is one.
         silent: whether a channel adds nothing, whatever the input, ``(k,)``.
         value: float64, the constant that is read there, whatever the input; NaN where there is not one.
         reader: name of the weight they are multiplied with, if it is one.
+        whole: whether it is multiplied with all of that weight.
         bias: name of the bias that the same operation adds.
         padded: whether the product is also taken over zeros around the input.
     """
@@ -45,8 +49,60 @@ class Read:
     silent: Tensor
     value: Tensor
     reader: str | None
+    whole: bool
     bias: str | None
-    padded: bool
+    padded: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operation:
+    """An operation that has run.
+
+    Args:
+        func: which.
+        name: its name, as ``add``; of what writes into its first argument too.
+        args: what it was called with.
+        kwargs: the same, by name.
+        out: what it gave.
+        before: facts of its tensors before it ran, by id.
+    """
+
+    func: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    before: dict[int, Facts]
+
+    def of(self, tensor: Tensor) -> Facts:
+        """Return what was known of an argument."""
+        return self.before[id(tensor)]
+
+    @property
+    def results(self) -> list[Tensor]:
+        """The tensors it gave."""
+        return list(tensors_in(self.out))
+
+    @property
+    def operands(self) -> list[tuple[Tensor, Facts]]:
+        """The tensors it was called with, and what was known of them."""
+        return [(tensor, self.of(tensor)) for tensor in tensors_in([self.args, self.kwargs])]
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arguments by name."""
+        return {a.name: v for a, v in zip(self.func._schema.arguments, self.args, strict=False)} | self.kwargs
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments or results."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for each in tree:
+            yield from tensors_in(each)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
 
 
 @dataclass(eq=False, slots=True)
@@ -92,6 +148,50 @@ class Book:
         self.unify(labels, first)
         return first
 
+    def looked(self, labels: Tensor, axes: set[int], why: str) -> Tensor:
+        """Return the field after an operation that looks at all entries along ``axes`` at once."""
+        if varying(labels) & axes:
+            if varying(labels) <= axes:
+                self.fix(labels, why)
+            return self.joined(labels, axes)
+        return labels
+
+    def combined(self, operands: Iterable[tuple[Tensor, list[Tensor]]], shape: torch.Size) -> list[Tensor]:
+        """Return the fields of what is computed entry by entry from tensors and their fields."""
+        spread = [(tensor, [each.expand(shape) for each in fields]) for tensor, fields in operands]
+        kept: list[Tensor] = []
+        for _, fields in spread:
+            for labels in fields:
+                for place, other in enumerate(kept):
+                    if varying(labels) & varying(other):
+                        kept[place] = self._met(other, labels)
+                        break
+                else:
+                    kept.append(labels)
+        for tensor, fields in spread:
+            real = {axis + len(shape) - tensor.dim() for axis in range(tensor.dim()) if tensor.size(axis) > 1}
+            own: set[int] = set().union(*(varying(each) for each in fields))
+            for labels in kept:
+                if varying(labels) & (real - own):
+                    self.fix(labels, "it meets a tensor of fixed width that the model makes or is given")
+        return kept
+
+    def _met(self, one: Tensor, other: Tensor) -> Tensor:
+        """Return the field of entries that two fields, which overlap, give labels."""
+        if varying(one) < varying(other):
+            one, other = other, one
+        common = varying(one) & varying(other)
+        if varying(one) == varying(other) or slow(one) in varying(other):
+            rest = varying(one) - common
+            self.unify(self.joined(one, rest) if rest else one, other)
+        else:  # as the one rotation of all heads: heads go as a whole, and what they share stays
+            self.fix(other, "it is shared by several heads")
+            self.joined(one, common)
+        if not varying(other) <= varying(one):
+            self.fix(one, "it meets another tensor crosswise")
+            self.fix(other, "it meets another tensor crosswise")
+        return one
+
 
 def still(facts: Tensor, axis: int) -> bool:
     """Return whether facts are known to be the same all along ``axis``."""
@@ -121,14 +221,29 @@ def normal(facts: Tensor) -> Tensor:
     return small.expand(facts.shape)
 
 
-def fitted(facts: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return facts broadcast to ``shape``, as values are."""
-    return facts.expand(shape)
+def slow(labels: Tensor) -> int:
+    """Return the axis along which labels differ most, which counts heads or groups."""
+
+    def spread(axis: int) -> int:
+        line = labels.movedim(axis, 0).flatten(1)[:, 0]
+        return int(line.amax() - line.amin())
+
+    return max(varying(labels), key=spread)
 
 
-def moved(facts: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return facts after what moves entries about."""
-    return normal(move(facts))
+def flag(value: bool, tensor: Tensor) -> Tensor:
+    """Return a fact that holds for all entries of ``tensor``, or for none."""
+    return torch.tensor(value, device=tensor.device).expand(tensor.shape)
+
+
+def either(one: Tensor, other: Tensor) -> Tensor:
+    """Return where one of two facts of the same shape holds."""
+    return (squeezed(one) | squeezed(other)).expand(one.shape)
+
+
+def both(one: Tensor, other: Tensor) -> Tensor:
+    """Return where two facts of the same shape hold."""
+    return (squeezed(one) & squeezed(other)).expand(one.shape)
 
 
 def any_along(facts: Tensor, axes: Iterable[int]) -> Tensor:
@@ -139,10 +254,34 @@ def any_along(facts: Tensor, axes: Iterable[int]) -> Tensor:
     return small.expand(facts.shape)
 
 
+def resized(facts: Tensor, axes: Iterable[int], shape: Sequence[int]) -> Tensor:
+    """Return facts that are the same along ``axes`` for a tensor of another size there."""
+    for axis in axes:
+        facts = facts.narrow(axis, 0, 1)
+    return facts.expand(shape)
+
+
+def concatenated(parts: list[Tensor], axis: int) -> Tensor:
+    """Return facts one behind the other."""
+    whole = [*parts[0].shape]
+    whole[axis] = sum(part.size(axis) for part in parts)
+    for other in range(len(whole)):
+        if other != axis and all(still(part, other) for part in parts):
+            parts = [part.narrow(other, 0, 1) for part in parts]
+    return normal(torch.cat(parts, axis).expand(whole))
+
+
+def zero(values: Tensor, moves: Tensor, axis: int) -> Tensor:
+    """Return where all entries along ``axis`` are 0 whatever comes in."""
+    small = squeezed(moves)
+    if small.numel() == 1 and bool(small):
+        return torch.zeros_like(values.select(axis, 0), dtype=torch.bool)
+    return ((values == 0) & ~small).all(axis)
+
+
 def constants(values: Tensor, moves: Tensor, axis: int) -> Tensor:
     """Return, for each place along ``axis``, the one value that all its entries have whatever comes in, else NaN."""
-    rows, moving = values.movedim(axis, 0).flatten(1), moves.movedim(axis, 0)
-    moving = squeezed(moving).flatten(1).any(1).expand(len(rows))
+    rows, moving = values.movedim(axis, 0).flatten(1), squeezed(moves).movedim(axis, 0).flatten(1).any(1)
     if bool(moving.all()) or not rows.numel():
         return torch.full((len(rows),), float("nan"), dtype=torch.float64, device=values.device)
     alike = (rows == rows[:, :1]).all(1) & ~moving

@@ -50,6 +50,7 @@ class Reading:
 
     Args:
         reader: name of the weight that the channels are multiplied with; None if it is not one.
+        whole: whether it is all of that weight.
         bias: name of the bias that the same operation adds, or None.
         columns: int64 of shape ``(size, each)``, the reader's columns.
         silent: bool of the same shape, whether the place adds nothing, whatever the input.
@@ -58,6 +59,7 @@ class Reading:
     """
 
     reader: str | None
+    whole: bool
     bias: str | None
     columns: Tensor
     silent: Tensor
@@ -241,7 +243,8 @@ def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterat
     reasons = {text: place + 1 for place, text in enumerate(dict.fromkeys(text for _, text in trace.book.fixed))}
     told = torch.tensor([0, *(reasons[text] for _, text in trace.book.fixed)])
     kind = kind * 1_000_003 + told[why]
-    reading_labels = set(torch.cat([torch.zeros(0, dtype=torch.int64), *read_labels]).tolist())
+    by_weights = [labels for labels, read in zip(read_labels, reads, strict=True) if read.reader is not None]
+    reading_labels = set(torch.cat([torch.zeros(0, dtype=torch.int64), *by_weights]).tolist())
     kinds, kind_of = kind[root].unique(return_inverse=True)
     order = torch.argsort(kind_of * trace.count + root, stable=True)
     order = order[order > 0]
@@ -276,6 +279,7 @@ def _readings(trace: Trace, root: Tensor, kind_of: Tensor, read_labels: list[Ten
             found.setdefault(kind, []).append(
                 Reading(
                     read.reader,
+                    read.whole,
                     read.bias,
                     (own - starts[own]).view(shape),
                     read.silent.cpu()[chosen].view(shape),

@@ -36,7 +36,7 @@ def cut(model: nn.Module, cuts: Sequence[Cut]) -> None:
     """Take channels out of ``model``, of whose tensors the groups tell by name."""
     holders = _holders(model)
     for each in cuts:
-        for reading in each.group.readings:
+        for reading in {reading.reader: reading for reading in each.group.readings}.values():  # once, however often
             _fold(holders, reading, each)
     gone: dict[tuple[str, int], set[int]] = {}
     for each in cuts:
@@ -104,7 +104,7 @@ def can_fold(model_holders: Mapping[str, list[tuple[nn.Module, str]]], reading: 
         return "what reads it is not a layer"
     held = model_holders[reading.reader]
     module, key = held[0]
-    if len(held) > 1 or key != "weight" or not isinstance(module, nn.Linear | _ConvNd):
+    if len(held) > 1 or not reading.whole or key != "weight" or not isinstance(module, nn.Linear | _ConvNd):
         return f"{reading.reader} has no bias that could take it in"
     bias = module.bias
     own = reading.reader.removesuffix("weight") + "bias"
