@@ -38,7 +38,8 @@ class Read:
     Args:
         labels: of the channels, ``(k,)``; those of the weight, if one of the factors is one.
         silent: whether a channel adds nothing, whatever the input, ``(k,)``.
-        value: float64, the constant that is read there, whatever the input; NaN where there is not one.
+        still: whether what is read there is the same whatever the input, ``(k,)``.
+        value: float64, if so, its one value at all places; else NaN.
         reader: name of the weight they are multiplied with, if it is one.
         whole: whether it is multiplied with all of that weight.
         bias: name of the bias that the same operation adds.
@@ -47,6 +48,7 @@ class Read:
 
     labels: Tensor
     silent: Tensor
+    still: Tensor
     value: Tensor
     reader: str | None
     whole: bool
@@ -151,9 +153,9 @@ class Book:
     def looked(self, labels: Tensor, axes: set[int], why: str) -> Tensor:
         """Return the field after an operation that looks at all entries along ``axes`` at once."""
         if varying(labels) & axes:
-            if varying(labels) <= axes:
-                self.fix(labels, why)
-            return self.joined(labels, axes)
+            if not varying(labels) <= axes:
+                return self.joined(labels, axes)
+            self.fix(labels, why)
         return labels
 
     def combined(self, operands: Iterable[tuple[Tensor, list[Tensor]]], shape: torch.Size) -> list[Tensor]:
@@ -279,10 +281,11 @@ def zero(values: Tensor, moves: Tensor, axis: int) -> Tensor:
     return ((values == 0) & ~small).all(axis)
 
 
-def constants(values: Tensor, moves: Tensor, axis: int) -> Tensor:
-    """Return, for each place along ``axis``, the one value that all its entries have whatever comes in, else NaN."""
+def constants(values: Tensor, moves: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return for each place along ``axis`` whether its entries stay whatever comes in, and their one value or NaN."""
     rows, moving = values.movedim(axis, 0).flatten(1), squeezed(moves).movedim(axis, 0).flatten(1).any(1)
+    moving = moving.expand(len(rows))
     if bool(moving.all()) or not rows.numel():
-        return torch.full((len(rows),), float("nan"), dtype=torch.float64, device=values.device)
+        return ~moving, torch.full((len(rows),), float("nan"), dtype=torch.float64, device=values.device)
     alike = (rows == rows[:, :1]).all(1) & ~moving
-    return rows[:, 0].double().masked_fill(~alike, float("nan"))
+    return ~moving, rows[:, 0].double().masked_fill(~alike, float("nan"))

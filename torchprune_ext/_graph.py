@@ -4,7 +4,6 @@ A channel is given by rows of one or several tensors (a filter, its bias, its Ba
 a filter of each block) and read by columns of others. :func:`graph_of` finds out by watching one forward pass.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchprune_ext._checks import check_module
-from torchprune_ext._facts import Read
 from torchprune_ext._runs import left_as_it_was, refuse_lazy
 from torchprune_ext._tracing import Trace
 
@@ -54,7 +53,8 @@ class Reading:
         bias: name of the bias that the same operation adds, or None.
         columns: int64 of shape ``(size, each)``, the reader's columns.
         silent: bool of the same shape, whether the place adds nothing, whatever the input.
-        value: float64 of the same shape, the constant that is read there whatever the input, or NaN.
+        still: bool of the same shape, whether what is read there is the same whatever the input.
+        value: float64 of the same shape, if so, its one value at all places, or NaN.
         padded: whether the reader also sums over zeros around its input.
     """
 
@@ -63,6 +63,7 @@ class Reading:
     bias: str | None
     columns: Tensor
     silent: Tensor
+    still: Tensor
     value: Tensor
     padded: bool
 
@@ -139,18 +140,16 @@ def graph_of(model: nn.Module, example_inputs: Any) -> tuple[Group, ...]:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a layer has no shape yet, a tensor is quantized, or the output holds no tensor.
+        ValueError: a layer has no shape yet, a module is scripted or quantized, or the output holds no tensor.
     """
     check_module("model", model)
     refuse_lazy(model)
+    _refuse_unseen(model)
     with evaluating(model):
         named: dict[str, Tensor] = dict(model.named_parameters())
         named |= {name: buffer for name, buffer in model.named_buffers() if buffer.dim()}
-        for name, tensor in named.items():
-            if tensor.is_quantized or tensor.is_meta or tensor.layout != torch.strided:
-                what = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else "sparse"
-                raise ValueError(f"{name} is {what}. Pass the model of plain tensors that it was made from.")
         trace = Trace(named)
+        _fix_modules(model, trace)
         with sdpa_kernel(SDPBackend.MATH), trace:
             out = call(model, example_inputs)
         found = list(outputs_in(out))
@@ -162,13 +161,34 @@ def graph_of(model: nn.Module, example_inputs: Any) -> tuple[Group, ...]:
         for _, tensor in found:
             for labels in trace.known(tensor).fields:
                 trace.book.fix(labels, "the model returns it")
-        _fix_modules(model, trace)
         owners = {
             f"{path}.{key}" if path else key: (module, key)
             for path, module in model.named_modules()
             for key in (*module._parameters, *module._buffers)
         }
         return tuple(_groups(trace, owners))
+
+
+def _refuse_unseen(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a module computes with what is not a plain tensor of its own."""
+    for path, module in model.named_modules():
+        what = None
+        if isinstance(module, torch.jit.ScriptModule):
+            what = "scripted"
+        elif ".quantized" in type(module).__module__ or hasattr(module, "_packed_params"):
+            what = "quantized"
+        for tensor in () if what else (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.is_meta:
+                what = "on the meta device"
+            elif tensor is not None and (
+                tensor.is_quantized or tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor)
+            ):
+                what = f"made of tensors of type {type(tensor).__name__}, layout {tensor.layout}"
+        if what is not None:
+            raise ValueError(
+                f"{path or 'model'} of type {type(module).__name__} is {what}, so its channels cannot be seen. Pass "
+                "the model of plain modules and tensors that it was made from, and convert the result."
+            )
 
 
 def _fix_modules(model: nn.Module, trace: Trace) -> None:
@@ -180,9 +200,7 @@ def _fix_modules(model: nn.Module, trace: Trace) -> None:
             why = "nn.MultiheadAttention computes the width of its heads from embed_dim, so none can go"
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
             why = f"{type(module).__name__} is recurrent"
-        elif isinstance(module, torch.jit.ScriptModule):
-            why = "its module is scripted"
-        elif is_parametrized(module) or any(hasattr(module, f"{key}_g") for key in ("weight",)):
+        elif is_parametrized(module):
             why = "its module is parametrized"
         if why is not None:
             below = (name for name, _ in [*module.named_parameters(), *module.named_buffers()])
@@ -283,13 +301,9 @@ def _readings(trace: Trace, root: Tensor, kind_of: Tensor, read_labels: list[Ten
                     read.bias,
                     (own - starts[own]).view(shape),
                     read.silent.cpu()[chosen].view(shape),
-                    _wide(read)[chosen].view(shape),
+                    read.still.cpu()[chosen].view(shape),
+                    read.value.cpu().double()[chosen].view(shape),
                     read.padded,
                 )
             )
     return found
-
-
-def _wide(read: Read) -> Tensor:
-    value = read.value.cpu().double()
-    return torch.full_like(value, math.nan) if read.reader is None else value

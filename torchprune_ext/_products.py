@@ -18,7 +18,7 @@ from torchprune_ext._facts import (
 )
 from torchprune_ext._rules import unknown
 
-ALONE = "it is multiplied with what has no channels, as the model's input, or whole heads"
+ALONE = "it is multiplied with the model's input, or other values without channels of their own"
 
 
 def product(book: Book, op: Operation) -> list[Facts]:
@@ -61,9 +61,9 @@ def _contracted(
         reader = known[0] if len(known) == 1 else None
         labels, x, moves, axis = (read_a, b, fb.moves, 1) if reader is fa else (read_b, a, fa.moves, 2)
         silent = (zero(a, fa.moves, 1) | zero(b, fb.moves, 2)).all(0)
-        value = constants(x, moves, axis)
+        unmoved, value = constants(x, moves, axis)
         name, whole = (None, False) if reader is None else (reader.source, reader.whole)
-        book.reads.append(Read(labels, silent, value, name, whole, bias))
+        book.reads.append(Read(labels, silent, unmoved, value, name, whole, bias))
     else:
         for each in (*plain_a, *plain_b):
             book.fix(each, ALONE)
@@ -125,12 +125,12 @@ def convolution(book: Book, op: Operation) -> list[Facts]:
     elif channels is not None and columns is not None:
         book.unify(channels.view(groups, -1), columns.expand(groups, -1))
         own = op.of(bias).source if isinstance(bias, Tensor) else None
-        value = constants(x, fx.moves, 1)
+        unmoved, value = constants(x, fx.moves, 1)
         silent = zero(x.transpose(0, 1).flatten(1), fx.moves.transpose(0, 1).flatten(1), 1)
         if not bool(fw.moves.any()):
             silent = silent | ~_nonzero(weight, groups).any(1).flatten()
         unfit = groups > 1 or transposed or any(bool(pad) for pad in padding)
-        book.reads.append(Read(columns.repeat(groups), silent, value, fw.source, fw.whole, own, unfit))
+        book.reads.append(Read(columns.repeat(groups), silent, unmoved, value, fw.source, fw.whole, own, unfit))
     else:
         for lone in (channels, columns):
             if lone is not None:

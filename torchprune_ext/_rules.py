@@ -3,6 +3,7 @@
 A rule takes the book and an operation that has run, and returns facts for each of its results.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torchprune_ext._facts import (
     Book,
     Facts,
     Operation,
+    Read,
     any_along,
     both,
     concatenated,
@@ -21,17 +23,26 @@ from torchprune_ext._facts import (
     resized,
     squeezed,
     varying,
+    zero,
 )
 
 VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 CUTS = {"slice", "select"}
+CALLED = {
+    "native_group_norm": "GroupNorm",
+    "_weight_norm_interface": "weight_norm",
+    "copy": "a write into a tensor",
+    "new_empty": "a write into a tensor",
+    "_trilinear": "Bilinear",
+} | dict.fromkeys(("mkldnn_rnn_layer", "lstm", "gru", "rnn_tanh", "rnn_relu", "_cudnn_rnn"), "a recurrent layer")
+SUMS = {"sum", "linalg_vector_norm"}  # to which a zero adds nothing
 
 
 def unknown(book: Book, op: Operation) -> list[Facts]:
     """Let all that goes into an operation stay, as nothing is known of it."""
     for facts in op.before.values():
         for labels in facts.fields:
-            book.fix(labels, f"it goes through {op.name}, in which channels are not told apart")
+            book.fix(labels, f"it goes through {CALLED.get(op.name, op.name)}, in which channels are not told apart")
     number = not op.before and all(tensor.dim() == 0 for tensor in op.results)
     moving = any(bool(facts.moves.any()) for facts in op.before.values()) or not (op.before or number)
     moving = moving or torch.Tag.nondeterministic_seeded in op.func.tags
@@ -53,8 +64,6 @@ def move(book: Book, op: Operation) -> list[Facts]:
     def moved(each: Tensor) -> list[Tensor]:
         if op.name in VIEWS:
             return [each.reshape(op.out.shape)]
-        if op.name == "constant_pad_nd":
-            return [op.func(each, op.args[1], 0)]
         if "shuffle" in op.name:  # whose kernels are for real numbers
             return [op.func(each.double(), *op.args[1:], **op.kwargs).to(each.dtype)]
         out = op.func(each, *op.args[1:], **op.kwargs)
@@ -73,6 +82,17 @@ def move(book: Book, op: Operation) -> list[Facts]:
         Facts([each[place] for each in fields], normal(part), facts.source, whole)
         for place, part in enumerate(moved(moves))
     ]
+
+
+def pad(book: Book, op: Operation) -> list[Facts]:
+    """Zeros or another number around: of the same channels, unless along an axis that counts them."""
+    x, widths, facts = op.args[0], op.args[1], op.of(op.args[0])
+    axes = {x.dim() - 1 - place // 2 for place, width in enumerate(widths) if width}
+    fields = [
+        normal(op.func(each, widths, 0)) if varying(each) & axes else resized(each, axes, op.out.shape)
+        for each in facts.fields
+    ]
+    return [Facts(fields, normal(op.func(facts.moves, widths, 0)))]
 
 
 def pointwise(book: Book, op: Operation) -> list[Facts]:
@@ -136,8 +156,15 @@ def reduce(book: Book, op: Operation) -> list[Facts]:
             each = each.narrow(axis, 0, 1) if keep else each.select(axis, 0)
         return each
 
-    facts = op.of(x)
-    fields = [less(book.looked(each, axes, f"{op.name} is taken over all channels")) for each in facts.fields]
+    facts, fields = op.of(x), []
+    for each in facts.fields:
+        if op.name in SUMS and len(varying(each)) == 1 and varying(each) <= axes:
+            [axis] = varying(each)
+            labels = each.movedim(axis, 0).flatten(1)[:, 0]
+            silent = zero(x.movedim(axis, 0).flatten(1), facts.moves.movedim(axis, 0).flatten(1), 1)
+            book.reads.append(Read(labels, silent, silent, torch.full(labels.shape, math.nan), None, False, None))
+        else:
+            fields.append(less(book.looked(each, axes, f"{op.name} is taken over all channels")))
     return [Facts(fields, less(any_along(facts.moves, axes if x.dim() else ()))) for _ in op.results]
 
 

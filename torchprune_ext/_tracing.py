@@ -20,7 +20,7 @@ Rule = Callable[[Book, Operation], list[Facts]]
 KINDS: dict[Rule, str] = {
     _rules.same: "clone _to_copy detach alias contiguous lift_fresh",
     _rules.move: "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand flip roll "
-    "repeat pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold diagonal constant_pad_nd split "
+    "repeat pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold diagonal split "
     "split_with_sizes unbind unsafe_split unsafe_split_with_sizes unsafe_chunk slice select",
     _rules.batch_norm: "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit_no_training",
     _rules.pointwise: "hardswish hardtanh hardsigmoid masked_fill _prelu_kernel prelu nan_to_num",
@@ -28,6 +28,7 @@ KINDS: dict[Rule, str] = {
     "norm logsumexp median",
     _rules.along_one: "_softmax _log_softmax _safe_softmax cumsum cumprod sort",
     _rules.layer_norm: "native_layer_norm _fused_rms_norm",
+    _rules.pad: "constant_pad_nd",
     _rules.cat: "cat",
     _rules.stack: "stack",
     _rules.glu: "glu",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchprune_ext._batches import tree_map
 from torchprune_ext._checks import warn
 from torchprune_ext._graph import call, evaluating, outputs_in
-from torchprune_ext.deploy.cutting import Cut, cut
+from torchprune_ext.deploy.cutting import Cut, cut, fitting_inputs
 
 M = TypeVar("M", bound=nn.Module)
 ROUNDING = 1 << 10  # largest difference of outputs, in units in the last place of the largest
@@ -90,7 +90,8 @@ def _attempt(plain: M, cuts: Sequence[Cut], wanted: "_Outputs") -> M:
     """Return a copy without some channels if its outputs are the wanted ones."""
     small = copy.deepcopy(plain)
     cut(small, cuts)
-    problem = wanted.differ(small, wanted.dtype)
+    with fitting_inputs(small):
+        problem = wanted.differ(small, wanted.dtype)
     if problem is not None and wanted.dtype != torch.float64:  # is it rounding?
         try:
             wanted.of(torch.float64)

@@ -68,7 +68,7 @@ def dead_units(model: nn.Module, example_inputs: Any) -> tuple[DeadUnits, ...]:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a layer has no shape yet, a tensor is quantized, or the output holds no tensor.
+        ValueError: a layer has no shape yet, a module is scripted or quantized, or the output holds no tensor.
         Exception: whatever the model raises.
 
     Example:
@@ -114,7 +114,8 @@ def compact(model: M, example_inputs: Any, *, round_to: int = 1) -> M:
 
     Raises:
         TypeError: ``model`` is not a module, or ``round_to`` not an int.
-        ValueError: nothing can be removed, and why, by layer; ``round_to`` is less than 1; or as :func:`dead_units`.
+        ValueError: nothing can be removed, and why, by layer; ``round_to`` is less than 1; the model cannot be copied;
+            or as :func:`dead_units`.
         RuntimeError: the outputs of the smaller model differ from those of ``model``, on ``example_inputs`` or on
             others made of them, and by which layers' channels. Nothing is returned then.
 
@@ -145,7 +146,14 @@ def _plain_copy(model: M) -> M:
     with torch.inference_mode(False), as_plain(model):
         for module, name, flag in flags:
             getattr(module, name).requires_grad_(flag)
-        return copy.deepcopy(model)
+        try:
+            return copy.deepcopy(model)
+        except RuntimeError as error:
+            raise ValueError(
+                f"model of type {type(model).__name__} cannot be copied: {error} Where that is an old-style "
+                "weight_norm or spectral_norm, call remove_weight_norm or remove_spectral_norm first, or use "
+                "torch.nn.utils.parametrizations."
+            ) from error
 
 
 # ------------------------------------------------------------------------------------------------------- what is dead
@@ -155,20 +163,24 @@ def _found(model: nn.Module, groups: tuple[Group, ...]) -> Iterator[_Found]:
     """Yield the groups of which some channels are dead or look so."""
     holders = holders_of(model)
     for group in groups:
-        if not group.readings:
-            continue
-        silent = torch.stack([each.silent.all(1) for each in group.readings])
-        known = torch.stack([(each.silent | ~each.value.isnan()).all(1) for each in group.readings])
+        none = torch.zeros((0, group.size), dtype=torch.bool)
+        silent = torch.stack([each.silent.all(1) for each in group.readings]) if group.readings else none
+        known = torch.stack([(r.silent | ~r.value.isnan()).all(1) for r in group.readings]) if group.readings else none
         folds = [can_fold(holders, each) for each in group.readings]
-        allowed = torch.tensor([why is None for why in folds]).unsqueeze(1)
+        allowed = torch.tensor([why is None for why in folds], dtype=torch.bool).unsqueeze(1)
         dead = (silent | (known & allowed)).all(0) & ~_differs(group)
         looks = silent.any(0) | _without_weights(group)
+        for each in group.readings:
+            looks |= each.still.all(1)
         left: dict[str, int] = {}
         for channel in (looks & ~dead).nonzero().flatten().tolist() if group.fixed is None else []:
             for place, reading in enumerate(group.readings):
                 if silent[place, channel] or (known[place, channel] and folds[place] is None):
                     continue
-                why = f"{reading.reader or 'a product'} reads it"
+                who = reading.reader or "a sum"
+                why = f"{who} reads it"
+                if bool(reading.still[channel].all()):
+                    why = f"it is the same whatever comes in, but not at all places that {who} reads"
                 if known[place, channel]:
                     why = f"it gives a constant (its bias or BatchNorm shift), and {folds[place]}"
                 break

@@ -1,6 +1,7 @@
 """Takes channels out of the tensors of a model, and puts right the numbers in its modules that repeat their widths."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from torchprune_ext._graph import Group, Member, Reading
 
@@ -146,7 +148,7 @@ def fit(module: nn.Module) -> None:
         module.out_features, module.in_features = shape
     elif isinstance(module, _ConvNd):
         each = module.out_channels // module.groups  # outputs for each group
-        if module.groups > 1 and shape[1] == 1 and not module.transposed:
+        if module.groups == module.in_channels > 1 and not module.transposed:  # depthwise, by the numbers of before
             module.groups = shape[0] // each
         ways = (shape[0], shape[1] * module.groups)
         module.in_channels, module.out_channels = ways if module.transposed else (ways[1], ways[0])
@@ -162,6 +164,22 @@ def fit(module: nn.Module) -> None:
         module.nf = shape[1]
         if hasattr(module, "nx"):
             module.nx = shape[0]
+
+
+@contextmanager
+def fitting_inputs(model: nn.Module) -> Iterator[None]:
+    """Let layers that have no tensors but warn of widths, as InstanceNorm does, take over those of their inputs."""
+
+    def take(module: Any, inputs: tuple[Any, ...]) -> None:
+        module.num_features = inputs[0].shape[inputs[0].dim() - module._get_no_batch_dim()]
+
+    norms = [each for each in model.modules() if isinstance(each, _InstanceNorm) and not each.affine]
+    hooks = [each.register_forward_pre_hook(take) for each in norms if not each.track_running_stats]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def numbers(model: nn.Module, each: Cut, sizes: Mapping[str, torch.Size]) -> Iterable[tuple[nn.Module, str, int]]:
