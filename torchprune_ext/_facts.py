@@ -116,12 +116,14 @@ class Book:
         fixed: labels that must stay, and why.
         reads: products that sum over labels.
         grids: fields that vary along two axes or more since a view, so that only whole rows or columns can go.
+        heads: labels of what is multiplied head by head.
     """
 
     pairs: list[Tensor] = field(default_factory=list)
     fixed: list[tuple[Tensor, str]] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
 
     def fix(self, labels: Tensor, why: str) -> None:
         """Note that channels must stay."""

@@ -77,12 +77,14 @@ class Group:
         members: what they are in each tensor.
         readings: the products that sum over them.
         fixed: why they must stay, or None.
+        heads: whether a channel is a head of attention; with grouped queries, a key with all its queries.
     """
 
     size: int
     members: tuple[Member, ...]
     readings: tuple[Reading, ...]
     fixed: str | None
+    heads: bool
 
     @property
     def names(self) -> list[str]:
@@ -248,6 +250,9 @@ def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterat
     why = torch.zeros(trace.count, dtype=torch.int64)  # by the smallest label: 0, or 1 + place among the reasons
     for place, (labels, _) in reversed(list(enumerate(trace.book.fixed))):
         why[root[labels.cpu()]] = place + 1
+    heads = torch.zeros(trace.count, dtype=torch.bool)
+    for labels in trace.book.heads:
+        heads[root[labels.cpu()]] = True
     axis_of = torch.zeros(trace.count, dtype=torch.int64)
     for place, (_, _, start, size) in enumerate(trace.axes):
         axis_of[start : start + size] = place
@@ -260,7 +265,7 @@ def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterat
         kind.index_add_(0, root[labels], keys[len(trace.axes) + place].expand(len(labels)))
     reasons = {text: place + 1 for place, text in enumerate(dict.fromkeys(text for _, text in trace.book.fixed))}
     told = torch.tensor([0, *(reasons[text] for _, text in trace.book.fixed)])
-    kind = kind * 1_000_003 + told[why]
+    kind = (kind * 1_000_003 + told[why]) * 2 + heads
     by_weights = [labels for labels, read in zip(read_labels, reads, strict=True) if read.reader is not None]
     reading_labels = set(torch.cat([torch.zeros(0, dtype=torch.int64), *by_weights]).tolist())
     kinds, kind_of = kind[root].unique(return_inverse=True)
@@ -279,7 +284,8 @@ def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterat
             members.append(Member(module, key, name, axis, int(labels[0, 0]) in reading_labels, labels - start))
         text = trace.book.fixed[int(why[root[part[0]]]) - 1][1] if int(why[root[part[0]]]) else None
         own = tuple(readings.get(int(kind_of[part[0]]), ()))
-        yield Group(size, tuple(members), own, "nothing reads it" if text is None and not own else text)
+        text = "nothing reads it" if text is None and not own else text
+        yield Group(size, tuple(members), own, text, bool(heads[root[part[0]]]))
 
 
 def _readings(trace: Trace, root: Tensor, kind_of: Tensor, read_labels: list[Tensor]) -> dict[int, list[Reading]]:

@@ -71,6 +71,7 @@ def _contracted(
     heads_a, heads_b = ([each for each in fields if len(varying(each)) > 1] for fields in (summed_a, summed_b))
     if len(heads_a) == len(heads_b) == 1 and varying(heads_a[0]) == {0, 2} and varying(heads_b[0]) == {0, 1}:
         book.unify(heads_a[0][:, 0], heads_b[0][:, :, 0])
+        book.heads.append(heads_a[0][:, 0, 0])
     kept_a += [book.joined(each, [2]) for each in heads_a]
     kept_b += [book.joined(each, [1]) for each in heads_b]
     operands = []

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from torchprune_ext._checks import check_module, check_whole
 from torchprune_ext._graph import Group, graph_of
-from torchprune_ext._host import as_plain, pruned
+from torchprune_ext._host import as_plain, outside_of_inference, pruned
 from torchprune_ext.deploy.checking import without
-from torchprune_ext.deploy.cutting import Cut, can_fold, holders_of, is_of_heads
+from torchprune_ext.deploy.cutting import Cut, can_fold, holders_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -80,9 +80,8 @@ def dead_units(model: nn.Module, example_inputs: Any) -> tuple[DeadUnits, ...]:
         0.weight: 8 channels, 5 removable
     """
     check_module("model", model)
-    with as_plain(model):
-        found = _found(model, graph_of(model, example_inputs))
-    return tuple(each.row() for each in found)
+    with outside_of_inference(), as_plain(model):
+        return tuple(each.row() for each in _found(model, graph_of(model, example_inputs)))
 
 
 def compact(model: M, example_inputs: Any, *, round_to: int = 1) -> M:
@@ -132,18 +131,19 @@ def compact(model: M, example_inputs: Any, *, round_to: int = 1) -> M:
     """
     check_module("model", model)
     check_whole("round_to", round_to, 1)
-    plain = _plain_copy(model)
-    found = list(_found(plain, graph_of(plain, example_inputs)))
-    cuts = [each for one in found if (each := _chosen(one, round_to)) is not None]
-    if not cuts:
-        raise ValueError(_nothing(model, found, round_to))
-    return without(plain, cuts, example_inputs)
+    with outside_of_inference():  # what is made in it can never be trained
+        plain = _plain_copy(model)
+        found = list(_found(plain, graph_of(plain, example_inputs)))
+        cuts = [each for one in found if (each := _chosen(one, round_to)) is not None]
+        if not cuts:
+            raise ValueError(_nothing(model, found, round_to))
+        return without(plain, cuts, example_inputs)
 
 
 def _plain_copy(model: M) -> M:
     """Return a copy of ``model`` with its effective weights as plain parameters."""
     flags = [(target.module, target.name, target.parameter.requires_grad) for target in pruned(model)]
-    with torch.inference_mode(False), as_plain(model):
+    with as_plain(model):
         for module, name, flag in flags:
             getattr(module, name).requires_grad_(flag)
         try:
@@ -220,7 +220,7 @@ def _without_weights(group: Group) -> Tensor:
 def _chosen(found: _Found, round_to: int) -> Cut | None:
     """Return what is to go of a group: its dead channels, less some that round the rest up; None for none."""
     group, gone = found.group, found.dead.clone()
-    step = 1 if is_of_heads(group) else round_to
+    step = 1 if group.heads else round_to
     kept = group.size - int(gone.sum())
     more = min(group.size, max(step, -(-kept // step) * step, 1)) - kept
     spare = torch.cat([(gone & found.constant).nonzero().flatten(), (gone & ~found.constant).nonzero().flatten()])

@@ -195,7 +195,6 @@ def numbers(model: nn.Module, each: Cut, sizes: Mapping[str, torch.Size]) -> Ite
     for member in group.members:
         size = sizes[member.name][member.axis]
         widths[size] = size - int(each.gone.sum()) * member.indices.shape[1]
-    heads = is_of_heads(group)
     for path in _around(group.members):
         module = model.get_submodule(path)
         if isinstance(module, nn.Linear | _ConvNd | _NormBase | nn.Embedding):
@@ -204,16 +203,10 @@ def numbers(model: nn.Module, each: Cut, sizes: Mapping[str, torch.Size]) -> Ite
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 continue
             counts = "head" in key.lower() and not any(word in key.lower() for word in HEAD_WIDTHS)
-            if heads and counts and value % group.size == 0:
+            if group.heads and counts and value % group.size == 0:
                 yield module, key, value // group.size * left
-            elif value in widths and (each.widest or (heads and key in WIDTHS)):
+            elif value in widths and (each.widest or (group.heads and key in WIDTHS)):
                 yield module, key, widths[value]
-
-
-def is_of_heads(group: Group) -> bool:
-    """Return whether every matrix has several rows for each channel of the group, as for heads."""
-    given = [m.indices.shape[1] for m in group.members if not m.reads]
-    return bool(given) and min(given) > 1
 
 
 def _around(members: Iterable[Member]) -> list[str]:
