@@ -160,9 +160,9 @@ def graph_of(model: nn.Module, example_inputs: Any) -> tuple[Group, ...]:
                 f"model of type {type(model).__name__} returned a {type(out).__name__}, which holds no tensor. Let it "
                 "return tensors, in tuples, dictionaries or dataclasses."
             )
-        for _, tensor in found:
+        for where, tensor in found:
             for labels in trace.known(tensor).fields:
-                trace.book.fix(labels, "the model returns it")
+                trace.book.fix(labels, f"the model returns it, in {where}")
         owners = {
             f"{path}.{key}" if path else key: (module, key)
             for path, module in model.named_modules()
