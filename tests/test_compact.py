@@ -132,6 +132,16 @@ def test_a_reader_that_is_called_twice_takes_a_constant_in_once():
     torch.testing.assert_close(small(x), model(x))
 
 
+def test_a_new_bias_loses_the_rows_that_its_weight_loses():
+    model, x = chain(nn.ReLU(), nn.Conv2d(6, 8, 3, bias=False)), torch.randn(2, 3, 8, 8)
+    model.extend([nn.InstanceNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)])
+    model[-1].weight.data[:, 2:5] = 0
+    small = tpe.compact(model, x)
+    assert [small[place].out_channels for place in (0, 2, 5)] == [4, 5, 2]
+    assert small[2].bias.shape == (5,)
+    torch.testing.assert_close(small(x), model(x))  # and no warning of InstanceNorm
+
+
 LEFT = {
     "padding": (lambda: chain(nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1)), "pads with zeros"),
     "zeros around": (lambda: chain(nn.ZeroPad2d(1), nn.Conv2d(6, 4, 3)), "not at all places that 2.weight reads"),

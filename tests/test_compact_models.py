@@ -105,9 +105,8 @@ def tiny(name: str) -> tuple[nn.Module, dict[str, Any]]:
         model = transformers.BertModel(transformers.BertConfig(**common, **sizes))
         return model.eval(), {"input_ids": ids, "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2])}
     if name == "gpt2":
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**common, n_embd=32, n_layer=2, n_head=4)).eval(), {
-            "input_ids": ids
-        }
+        config = transformers.GPT2Config(**common, n_embd=32, n_layer=2, n_head=4)
+        return transformers.GPT2LMHeadModel(config).eval(), {"input_ids": ids, "use_cache": False}
     if name == "t5":
         config = transformers.T5Config(**common, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
         return transformers.T5EncoderModel(config).eval(), {"input_ids": ids}

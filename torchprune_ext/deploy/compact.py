@@ -191,6 +191,8 @@ def _found(model: nn.Module, groups: tuple[Group, ...]) -> Iterator[_Found]:
             dead = torch.zeros_like(dead)
             if bool(looks.any()):
                 left[group.fixed] = int(looks.sum())
+        if bool(dead.all()):
+            dead[0] = False  # one stays always
         if bool(dead.any()) or left:
             yield _Found(group, dead, ~silent.all(0) & dead, left)
 
@@ -222,7 +224,7 @@ def _chosen(found: _Found, round_to: int) -> Cut | None:
     group, gone = found.group, found.dead.clone()
     step = 1 if group.heads else round_to
     kept = group.size - int(gone.sum())
-    more = min(group.size, max(step, -(-kept // step) * step, 1)) - kept
+    more = min(group.size, -(-kept // step) * step) - kept
     spare = torch.cat([(gone & found.constant).nonzero().flatten(), (gone & ~found.constant).nonzero().flatten()])
     gone[spare[:more]] = False
     return Cut(group, gone, found.constant & gone) if bool(gone.any()) else None

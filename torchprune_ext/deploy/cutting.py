@@ -37,14 +37,16 @@ class Cut:
 def cut(model: nn.Module, cuts: Sequence[Cut]) -> None:
     """Take channels out of ``model``, of whose tensors the groups tell by name."""
     holders = _holders(model)
-    for each in cuts:
-        for reading in {reading.reader: reading for reading in each.group.readings}.values():  # once, however often
-            _fold(holders, reading, each)
     gone: dict[tuple[str, int], set[int]] = {}
     for each in cuts:
         for member in each.group.members:
             gone.setdefault((member.name, member.axis), set()).update(member.indices[each.gone].flatten().tolist())
-    sizes = {member.name: _get(*holders[member.name][0]).shape for each in cuts for member in each.group.members}
+    for each in cuts:
+        for reading in {reading.reader: reading for reading in each.group.readings}.values():  # once, however often
+            if _fold(holders, reading, each) and (reading.reader, 0) in gone:  # a new bias has the rows of its weight
+                gone[f"{str(reading.reader).removesuffix('weight')}bias", 0] = gone[str(reading.reader), 0]
+    holders = _holders(model)
+    sizes = {name: _get(*held[0]).shape for name, held in holders.items()}
     kept: dict[str, dict[int, Tensor]] = {}
     for (name, axis), places in gone.items():
         if places:
@@ -122,12 +124,12 @@ def holders_of(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return _holders(model)
 
 
-def _fold(holders: Mapping[str, list[tuple[nn.Module, str]]], reading: Reading, each: Cut) -> None:
-    """Add to the bias of a reader what the constant channels that go add to its outputs."""
+def _fold(holders: Mapping[str, list[tuple[nn.Module, str]]], reading: Reading, each: Cut) -> bool:
+    """Add to the bias of a reader what the constant channels that go add to its outputs; return whether it is new."""
     chosen = each.gone & each.constant
     value = reading.value.nan_to_num(0.0) * ~reading.silent
     if reading.reader is None or not bool((value[chosen] != 0).any()):
-        return
+        return False
     module, _ = holders[reading.reader][0]
     weight = _get(module, "weight")
     matrix = weight.detach().double().flatten(2).sum(2) if weight.dim() > 2 else weight.detach().double()
@@ -136,9 +138,10 @@ def _fold(holders: Mapping[str, list[tuple[nn.Module, str]]], reading: Reading, 
     old = module._parameters.get("bias")
     if old is None:
         module.bias = nn.Parameter(more.to(weight.dtype), requires_grad=weight.requires_grad)
-    else:
-        with torch.no_grad():
-            old.copy_((old.double() + more).to(old.dtype))
+        return True
+    with torch.no_grad():
+        old.copy_((old.double() + more).to(old.dtype))
+    return False
 
 
 def fit(module: nn.Module) -> None:
@@ -169,9 +172,10 @@ def fit(module: nn.Module) -> None:
 @contextmanager
 def fitting_inputs(model: nn.Module) -> Iterator[None]:
     """Let layers that have no tensors but warn of widths, as InstanceNorm does, take over those of their inputs."""
+    widths: dict[Any, int] = {}
 
     def take(module: Any, inputs: tuple[Any, ...]) -> None:
-        module.num_features = inputs[0].shape[inputs[0].dim() - module._get_no_batch_dim()]
+        widths[module] = module.num_features = inputs[0].shape[inputs[0].dim() - module._get_no_batch_dim()]
 
     norms = [each for each in model.modules() if isinstance(each, _InstanceNorm) and not each.affine]
     hooks = [each.register_forward_pre_hook(take) for each in norms if not each.track_running_stats]
@@ -180,6 +184,8 @@ def fitting_inputs(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+        for module, width in widths.items():
+            module.num_features = width
 
 
 def numbers(model: nn.Module, each: Cut, sizes: Mapping[str, torch.Size]) -> Iterable[tuple[nn.Module, str, int]]:
