@@ -5,11 +5,12 @@ import io
 
 import pytest
 import torch
-from compacting import Told, attention, close, image, open_groups
+from compacting import Told, attention, close, depthwise, grouped, image, open_groups, residual
 from torch import nn
 from torch.nn.utils import prune
 
 import torchprune_ext as tpe
+from torchprune_ext._graph import outputs_in
 
 
 def pruned() -> nn.Sequential:
@@ -289,3 +290,17 @@ def test_random_numbers_in_eval_mode():
     model = Told(lambda self, x: self.b(self.a(x)) + torch.rand(2), a=nn.Linear(4, 8), b=nn.Linear(8, 2))
     model.b.weight.data[:, :3] = 0
     assert tpe.compact(model, torch.randn(3, 4)).a.out_features == 5
+
+
+@pytest.mark.parametrize("make", [grouped, depthwise, residual, attention], ids=lambda make: make.__name__)
+def test_it_comes_back_from_a_file(make, tmp_path):
+    torch.manual_seed(0)
+    model, x = make()
+    model.eval()
+    for group in open_groups(model, x):
+        close(group, [0, group.size - 2], "unread")
+    small = tpe.compact(model, x)
+    tpe.save_compact(small, tmp_path / "small.safetensors")
+    loaded = tpe.load_compact(lambda: make()[0], tmp_path / "small.safetensors").eval()
+    for one, other in zip(outputs_in(small(x)), outputs_in(loaded(x)), strict=True):
+        assert torch.equal(one[1], other[1])
