@@ -211,3 +211,31 @@ def test_positions_that_the_example_does_not_reach_count(places):
             tpe.compact(model, x)
     else:
         assert tpe.compact(model, x).first.out_features == 6
+
+
+SLEEPING = {
+    "linear": (lambda: (nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (3, 4)),
+    "convolution": (lambda: (nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)), (2, 4, 6, 6)),
+    "behind zeros": (lambda: (nn.ZeroPad2d(1), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)), (2, 4, 6, 6)),
+    "depthwise": (
+        lambda: (nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(4, 2, 3)),
+        (2, 4, 6, 6),
+    ),
+    "normed": (lambda: (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), (3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", SLEEPING)
+def test_units_that_happen_to_be_silent_on_the_example_stay(name):
+    make, shape = SLEEPING[name]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*make()).eval(), torch.randn(shape)
+    [first, *_] = [module for module in model if hasattr(module, "bias")]
+    first.bias.data[:3] = -100
+    reader = model[-1]
+    seen = []
+    reader.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(x)
+    assert not seen[0][:, :3].any()
+    with pytest.raises(ValueError, match="no dead channels"):
+        tpe.compact(model, x)
