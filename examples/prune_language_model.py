@@ -51,7 +51,7 @@ def load(folder: str | None, file: str | None) -> tuple[nn.Module, Any]:
         [file] = [path.name for path in Path(folder).glob("*.gguf")]
     options = {} if file is None else {"gguf_file": file}
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    return AutoModelForCausalLM.from_pretrained(folder, **options).float().eval(), tokenizer
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval(), tokenizer
 
 
 def blocks(tokenizer: Any, seed: int = 0) -> Tensor:
