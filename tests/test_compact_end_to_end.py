@@ -11,8 +11,6 @@ from compacted import KINDS, output
 
 import torchprune_ext as tpe
 
-pytest.importorskip("torchprune_ext.deploy.compact", reason="compact is not part of this version")
-
 
 @functools.cache
 def case(kind):
