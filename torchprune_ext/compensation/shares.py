@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from heapq import heapify, heappop, heappush
 from math import prod
 
 UNEVEN = 1.5  # times its even share is the most that a group may lose
@@ -65,6 +66,10 @@ class Shares:
         """Return which fraction that is of the price of all units."""
         return self.total(kept) / (self.total(self.sizes) or 1.0)
 
+    def can_reach(self, target: float) -> bool:
+        """Return whether it is possible that at most ``target`` of the price is left."""
+        return self.total(self.fewest) <= self._goal(target)
+
     def near_even(self, target: float) -> "Shares":
         """Return the same with fewer counts: no group loses more than ``UNEVEN`` times what all lose in equal shares.
 
@@ -75,9 +80,14 @@ class Shares:
         """
         goal = self._goal(target)
         walk = _Walk(self, [[0.0] * (size + 1) for size in self.sizes])
-        while walk.left > goal:
-            after = {group: walk.after(group) for group in range(len(self.sizes)) if walk.step(group, 1)[0] > 0}
-            walk.take(max(after, key=after.__getitem__), 1)
+        ahead = [(-walk.after(group), group) for group, counts in enumerate(self.counts) if len(counts) > 1]
+        heapify(ahead)
+        while walk.left > goal and ahead:
+            _, group = heappop(ahead)
+            if walk.step(group, 1)[0] > 0:
+                walk.take(group, 1)
+                if walk.place[group] + 1 < len(self.counts[group]):
+                    heappush(ahead, (-walk.after(group), group))
         moved = [(left, size) for left, size, now in zip(walk.kept, self.sizes, self.most, strict=True) if left < now]
         lost = max((1 - left / size for left, size in moved), default=0.0)
         least = [size * (1 - UNEVEN * lost) for size in self.sizes]
@@ -105,6 +115,8 @@ class Shares:
         ahead = {group: walk.step(group, 1) for group in range(len(self.sizes))}
         while walk.left > goal:
             open_steps = {group: rise / saved for group, (saved, rise) in ahead.items() if saved > 0}
+            if not open_steps:
+                break  # but for rounding it is reached
             group = min(open_steps, key=open_steps.__getitem__)
             walk.take(group, 1)
             ahead |= {other: walk.step(other, 1) for other in walk.near[group]}

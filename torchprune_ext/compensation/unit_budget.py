@@ -267,9 +267,9 @@ def _shares(model: nn.Module, inputs: Any, kinds: Sequence[Kind], limit: Limit) 
 
 def _refuse_unreachable(shares: Shares, limit: Limit, others: Sequence[str]) -> None:
     """Raise ``ValueError`` if even the fewest units that may stay take more than the budget."""
-    least = shares.fraction(shares.fewest)
-    if least <= limit.target:
+    if shares.can_reach(limit.target):
         return
+    least = shares.fraction(shares.fewest)
     what = "multiplications" if limit.target_macs is not None else "parameters"
     told = "".join(f"\n  {each}" for each in others[:20])
     raise ValueError(
