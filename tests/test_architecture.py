@@ -86,6 +86,8 @@ ORDER = [
     "compensation.reference",
     "compensation.fitting",
     "compensation.goals",
+    "compensation.shares",
+    "compensation.unit_budget",
     "compensation.calls",
     "compensation.baseline",
     "compensation.rounds",

@@ -25,6 +25,7 @@ from torchprune_ext.compensation.solvers import (
     split,
     wanda_scores,
 )
+from torchprune_ext.compensation.unit_budget import Limit, prune_to_limit
 from torchprune_ext.masks import nm_mask
 from torchprune_ext.methods import GlobalPruning
 from torchprune_ext.patterns import NM, Channel
@@ -99,6 +100,10 @@ def prune_and_compensate(
     target_sparsity: Sparsity | None = None,
     pattern: NM | None = None,
     unit: Units | None = None,
+    target_macs: float | None = None,
+    target_parameters: float | None = None,
+    round_to: int = 1,
+    min_keep: float = 1,
     criterion: str | None = None,
     steps: int | None = None,
     dense: Dense | None = None,
@@ -115,6 +120,9 @@ def prune_and_compensate(
       brought up to date as each goes.
     - ``"wanda"``: weight times norm of the input; ``"magnitude"``; units by the sum of the squares.
 
+    Or, with ``target_macs`` or ``target_parameters``, there is one budget for the whole model, and whole hidden units,
+    channels and heads go, where they cost least for what they save; :func:`.compact` then removes them.
+
     Every listed layer is re-fitted, those that lose nothing too, since what they get has changed. For one threshold
     over all layers, and scores of your own, see :func:`.prune_in_rounds`.
 
@@ -130,6 +138,16 @@ def prune_and_compensate(
             for each tensor that shall lose some, as ``{(module, name): Channel(dim=1)}``. ``dim`` is the axis that the
             layer sums over, 0 in the ``Conv1D`` of transformers. In a convolution with groups, each has channels of
             its own, and all keep the same number. What is pruned by entries stays pruned in units that stay.
+        target_macs: instead of both, fraction of the model's multiplications that shall be left at most, in (0, 1],
+            when :func:`.compact` has removed what nobody reads any more; counted on the first batch, with what is not
+            a product with a listed weight or what feeds it taken as it is. Units are what belongs together in
+            the model: a hidden unit, a channel, also of a residual stream or before a flatten, a head, a key's head
+            with all its queries. They go if all weights that read them are listed.
+        target_parameters: the same of the model's parameters.
+        round_to: with these, the number of channels kept of what loses some is a multiple of it, as many kernels are
+            slow at odd widths. Heads are not rounded.
+        min_keep: with these, how much stays at least of each group of units: an int is a number of units, a float a
+            fraction.
         criterion: see above; by default ``"admm"``, and ``"obs"`` for units.
         steps: number of rounds within a layer, each followed by a re-fit; by default 1. Not for ``"admm"``, nor for
             ``"obs"`` with units.
@@ -168,7 +186,18 @@ def prune_and_compensate(
         >>> fits = tpe.prune_and_compensate(model, data, params, target_sparsity=0.5, unit=unit, progress=False)
         >>> model[2].weight_mask.sum(0).count_nonzero(), torch.nn.utils.prune.is_pruned(model[0])
         (tensor(4), False)
+
+        The same as a budget for the whole model, which :func:`.compact` then makes smaller:
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> params = tpe.prunable_parameters(model)
+        >>> fits = tpe.prune_and_compensate(model, data, params, target_macs=0.5, progress=False)
+        >>> tpe.compact(model, data[0][0])[0].out_features
+        4
     """
+    limit = Limit(target_macs, target_parameters, round_to, min_keep)
+    if limit.given(target_sparsity=target_sparsity, pattern=pattern, criterion=criterion, steps=steps):
+        return prune_to_limit(Task.of(model, loader, params, dense, options, create_bias=create_bias), limit, unit)
     criterion, steps = _checked(criterion, steps, unit)
     check_goal(target_sparsity, pattern, unit)
     task = Task.of(model, loader, params, dense, options, create_bias=create_bias)

@@ -25,6 +25,7 @@ from torchprune_ext.masks import finish
 from torchprune_ext.methods import GlobalPruning
 
 Decide = Callable[[Layer, Problem, Tensor, Tensor], tuple[Tensor, Tensor]]  # from weights and mask to new ones
+See = Callable[[Layer, Problem, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +142,8 @@ class Task:
                 if check is not None and not masks:
                     for each in layers:
                         check(each)
-                free, weight, mask = layer.module in self.biases, given[layer].weight(), given[layer].mask
-                problem = moments.problem(None if free else layer.bias_rows())
-                weight = layer.matrix(weight).to(wide(weight.dtype))
-                alive = weight.new_ones(()).expand_as(weight) if mask is None else layer.matrix(mask != 0).to(weight)
+                free = layer.module in self.biases
+                problem, weight, alive = self._posed(layer, given[layer], moments)
                 if decide is None:
                     found, keep = refit(problem, weight, alive), alive
                 else:
@@ -172,6 +171,32 @@ class Task:
         self._warn(fits, few)
         ordered = {(target.module, target.name): fits[target.module, target.name] for target in targets}
         return found, ordered
+
+    def look(self, keys: Sequence[Key], see: See) -> None:
+        """Let ``see`` look at some of the layers, each with its problem, weights and mask, in the model as it is."""
+        quiet: Options = {**self.options, "progress": False}
+        targets = [Target.of(*key) for key in keys]
+        with calibrating(self.model, keys, quiet) as run:
+            layers = [Layer(*key, name) for key, name in zip(keys, run.names, strict=True)]
+            given = dict(zip(layers, targets, strict=True))
+            steps = iter(with_progress(layers, "costs of units", None, self.options.get("progress")))
+
+            def solve(layer: Layer, moments: Moments) -> Solution:
+                see(layer, *self._posed(layer, given[layer], moments))
+                next(steps, None)
+                return layer.weight, None
+
+            Pass(run, layers, self.reference, solve).over(list(run.batches(self.batches, "")))
+            next(steps, None)
+
+    def _posed(self, layer: Layer, target: Target, moments: Moments) -> tuple[Problem, Tensor, Tensor]:
+        """Return the least squares of a layer, its weights and its mask, the last two as matrices."""
+        problem = moments.problem(None if layer.module in self.biases else layer.bias_rows())
+        weight = layer.matrix(target.weight())
+        weight = weight.to(wide(weight.dtype))
+        if target.mask is None:
+            return problem, weight, weight.new_ones(()).expand_as(weight)
+        return problem, weight, layer.matrix(target.mask != 0).to(weight)
 
     def install(self, found: Sequence[Fitted], entry: Callable[[Target], GlobalPruning | None]) -> None:
         """Install what a pass has found, with a mask and an ``entry`` in the history if there is one, or nothing."""

@@ -14,11 +14,7 @@ Units = Channel | Mapping[Key, Channel]
 
 def check_goal(target_sparsity: Sparsity | None, pattern: NM | None, unit: Units | None = None) -> None:
     """Raise unless exactly one of the first two is given, ``unit`` with the first only, and of the right type."""
-    if not (unit is None or isinstance(unit, (Channel, Mapping))):
-        raise TypeError(
-            f"unit={unit!r} is a {type(unit).__name__}. Pass Channel(dim=1), whole input columns or channels, or one "
-            "for each tensor that shall lose some, as {(module, name): Channel(dim=1)}."
-        )
+    check_units(unit)
     if unit is not None and (pattern is not None or target_sparsity is None):
         raise TypeError(
             f"unit={unit!r}, target_sparsity={target_sparsity!r}, pattern={pattern!r}: units are pruned to a "
@@ -31,6 +27,15 @@ def check_goal(target_sparsity: Sparsity | None, pattern: NM | None, unit: Units
         )
     if pattern is not None and not isinstance(pattern, NM):
         raise TypeError(f"pattern={pattern!r} is a {type(pattern).__name__}. Pass e.g. NM(2, 4).")
+
+
+def check_units(unit: object) -> None:
+    """Raise ``TypeError`` unless ``unit`` is one, or one for each of some tensors, or None."""
+    if not (unit is None or isinstance(unit, (Channel, Mapping))):
+        raise TypeError(
+            f"unit={unit!r} is a {type(unit).__name__}. Pass Channel(dim=1), whole input columns or channels, or one "
+            "for each tensor that shall lose some, as {(module, name): Channel(dim=1)}."
+        )
 
 
 def goals_of(

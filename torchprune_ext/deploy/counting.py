@@ -4,7 +4,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +43,30 @@ def count_macs(model: nn.Module, call: Callable[[], object]) -> int | None:
     """
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     products = _Products(counter.flop_registry)
+    with _in_parts(model), products, counter:
+        call()
+    return counter.get_total_flops() // 2 if products.all_known else None
+
+
+def macs_by_weight(model: nn.Module, call: Callable[[], object]) -> tuple[dict[str, int], int]:
+    """Return how many multiplications ``call`` makes ``model`` do with each parameter, by its first name, and in all.
+
+    Counted as by :func:`count_macs`, without those of which the number is not known.
+
+    Example:
+        >>> layer = nn.Linear(8, 4)
+        >>> macs_by_weight(layer, lambda: layer(torch.ones(3, 8)))
+        ({'weight': 96}, 96)
+    """
+    weights = _Weights(model, FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry)
+    with _in_parts(model), weights:
+        call()
+    return weights.found, weights.total
+
+
+@contextmanager
+def _in_parts(model: nn.Module) -> Iterator[None]:
+    """Let what is fused in ``model`` be done in its parts."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of what is switched off, and of hooks on compiled modules
@@ -54,10 +78,41 @@ def count_macs(model: nn.Module, call: Callable[[], object]) -> int | None:
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # of torch 2.6
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(products)
-        stack.enter_context(counter)
-        call()
-    return counter.get_total_flops() // 2 if products.all_known else None
+        yield
+
+
+class _Weights(TorchDispatchMode):
+    """Counts multiplications by weight.
+
+    Args:
+        model: whose parameters count.
+        formulas: of operations.
+    """
+
+    def __init__(self, model: nn.Module, formulas: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self.names = {
+            each.untyped_storage().data_ptr(): name for name, each in model.named_parameters() if each.numel()
+        }
+        self.formulas, self.total = formulas, 0
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do an operation, and count."""
+        out = func(*args, **(kwargs or {}))
+        formula = self.formulas.get(getattr(func, "_overloadpacket", func))
+        if formula is not None:
+            macs = formula(*args, **(kwargs or {}), out_val=out) // 2
+            self.total += macs
+            factors = [each for each in args if isinstance(each, Tensor) and each.dim() > 1]
+            names = [
+                self.names.get(each.untyped_storage().data_ptr()) for each in factors[-2:]
+            ]  # what is added is first
+            for name in [name for name in names if name is not None][:1]:
+                self.found[name] = self.found.get(name, 0) + macs
+        return out
 
 
 class _Products(TorchDispatchMode):
