@@ -39,6 +39,8 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/prune_digits.py --out build/demo
 	@echo "== demo: the same network pruned without training, its survivors re-fitted (2 minutes)"
 	$(BIN)/python examples/compensate_mnist.py
+	@echo "== demo: whole units pruned without training, and cut out: a smaller network that gives the same"
+	$(BIN)/python examples/compact_models.py --only lenet --batches 1 64
 
 test: lint types docs docs-examples unit
 

@@ -67,22 +67,15 @@ def mask_inputs(readers: Sequence[nn.Module], sparsity: float) -> None:
 
 
 def lenet(arguments: argparse.Namespace) -> Case:
-    """Prune the inputs of every layer but the first, re-fitted on unlabelled training digits."""
+    """Prune whole channels and hidden units to half the MACs, re-fitted on unlabelled training digits."""
     digits = load_mnist(arguments.mnist) if arguments.mnist else load_sklearn_digits()
     if digits.train is None:
         raise FileNotFoundError(f"no training images in {arguments.mnist}: the survivors are re-fitted on them")
     dense = dense_network(arguments.checkpoint, digits, epochs=20, seed=0)
     known = digits.train.subset(min(5_000, len(digits.train)), 0)
     pruned = copy.deepcopy(dense)
-    places = pruned.fc1.in_features // pruned.conv2.out_channels  # of a channel in the flattened map
-    sizes = {pruned.conv2: 1, pruned.fc1: places, pruned.fc2: 1, pruned.fc3: 1}
     tpe.prune_and_compensate(
-        pruned,
-        list(known.images.split(500)),
-        [(layer, "weight") for layer in (pruned.conv1, *sizes)],
-        target_sparsity={(layer, "weight"): 0.3 for layer in sizes},
-        unit={(layer, "weight"): tpe.Channel(dim=1, size=size) for layer, size in sizes.items()},
-        progress=False,
+        pruned, list(known.images.split(500)), tpe.prunable_parameters(pruned), target_macs=0.5, progress=False
     )
     return Case(
         dense,
@@ -93,17 +86,16 @@ def lenet(arguments: argparse.Namespace) -> Case:
 
 
 def efficientnet(arguments: argparse.Namespace) -> Case:
-    """Prune the hidden channels of every block by what projects them, re-fitted on crops of two photographs."""
+    """Prune channels to half the MACs, re-fitted on crops of two photographs."""
     dense = efficientnet_lite0()
     pruned = copy.deepcopy(dense)
     crops, held_out = photograph_crops(arguments.crops, seed=0), photograph_crops(200, seed=1, right=True)
-    projections = [(block._project_conv, "weight") for block in pruned._blocks]
     tpe.prune_and_compensate(
         pruned,
         list(crops.split(16)),
         tpe.prunable_parameters(pruned),  # all are re-fitted, since what they get changes
-        target_sparsity=0.5,
-        unit=dict.fromkeys(projections, tpe.Channel(dim=1)),
+        target_macs=0.5,
+        round_to=8,
         progress=False,
     )
     with torch.no_grad():
