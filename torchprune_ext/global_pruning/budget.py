@@ -233,7 +233,7 @@ def prune(
             for each, mask in spread(listed.target, part, cut)
             for target in (listed.everywhere() if each is listed.target else (each,))
         ]
-    if reduce and len(set(ranks.counts(_digest(mask for _, _, mask, _ in masks)))) > 1:
+    if reduce and len(set(ranks.counts(digest(mask for _, _, mask, _ in masks)))) > 1:
         raise RuntimeError("reduce='mean': the masks differ between ranks, so weights or earlier masks do. Sync them.")
     with all_or_nothing(target.module for _, target, _, _ in masks), ranks.together():
         install_all(call, budget, masks)
@@ -334,7 +334,7 @@ def listed_for(param: str, tensors: PerParameter, target: Target) -> Tensor:
     return tensors[target.module, target.name]
 
 
-def _digest(masks: Iterable[Tensor]) -> int:
+def digest(masks: Iterable[Tensor]) -> int:
     """Return a number that differs, in all likelihood, where any mask differs."""
     generator = torch.Generator("cpu").manual_seed(0)
     total = torch.zeros((), dtype=torch.int64, device="cpu")

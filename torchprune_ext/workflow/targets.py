@@ -218,11 +218,11 @@ def _task(
                 f"amounts gives each tensor its own, so scope={scope if isinstance(scope, str) else '...'!r} has no "
                 "meaning. Leave scope out, or pass one fraction as amounts."
             )
-        _check_shares("amounts", amounts, params)
+        check_shares("amounts", amounts, params)
         return _Task(params, Apart(None, None, min_keep, "amounts", amounts), told)
     check_sparsity("amounts", amounts)
     if isinstance(scope, Mapping):
-        _check_shares("scope", scope, params)
+        check_shares("scope", scope, params)
         return _Task(params, Apart(None, amounts, min_keep, "amounts", scope), told)
     if scope not in ("global", "layer"):
         raise ValueError(
@@ -233,7 +233,7 @@ def _task(
     return _Task(params, Budget(None, amounts, min_keep, "amounts"), told)
 
 
-def _check_shares(param: str, shares: Mapping[Key, float], params: Params) -> None:
+def check_shares(param: str, shares: Mapping[Key, float], params: Params) -> None:
     """Raise unless ``shares``, the caller's ``param``, are fractions of tensors that ``params`` lists."""
     listed = {(target.module, target.name) for target in targets_of(params).values()}
     if not shares:
