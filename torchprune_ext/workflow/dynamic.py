@@ -118,7 +118,7 @@ class DynamicSparse:
             self._generator.manual_seed(seed)
             amounts, groups = _amounts(sparsity, params)
             _check_places(model, groups, optimizer)
-            warn_of_zeros({listed.where: listed.target for listed in groups})
+            warn_of_zeros({listed.where: listed.target for listed in groups if listed.target.mask is None})
             masks = []
             for listed in groups:
                 with errors_about(listed.where):
