@@ -89,6 +89,28 @@ def test_copies_and_pickles_of_a_model_that_is_listened_to():
     train(model, dst, optimizer, [x])
 
 
+def test_it_is_served_while_listened_to():
+    model, dst, optimizer = trained()
+    [x] = batches(1, seed=5)
+    with tpe.frozen(model), torch.no_grad():
+        served = model(x)
+    assert torch.equal(served, tpe.remove_all(tpe.copy_pruned(model))(x))
+    with tpe.frozen(model):
+        assert train(model, dst, optimizer, [x, x]) == [True, True]
+
+
+def test_empty_and_single_entries():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(1, 1))
+    model[0].weight = nn.Parameter(torch.empty(0, 3))
+    dst = tpe.DynamicSparse(model, tpe.prunable_parameters(model), 0.0, every=1, alpha=1.0)
+    value = model[1].weight.item()
+    for _ in range(2):
+        (model[1](torch.ones(2, 1)).sum() + model[0](torch.ones(2, 3)).sum()).backward()
+        assert dst.step()
+    assert (model[1].weight_mask.item(), model[1].weight_orig.item()) == (1, value)
+
+
 def test_state_dicts_go_into_other_models():
     model, _, _ = trained()
     fresh = tpe.load_pruned_state_dict(network(1), model.state_dict())
