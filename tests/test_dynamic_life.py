@@ -217,6 +217,18 @@ def test_a_hook_that_was_replaced_puts_the_update_off():
     assert train(model, dst, optimizer, batches(3)) == [False, True, True]
 
 
+def test_two_for_the_same_tensors():
+    model, dst, optimizer = trained()
+    newer = tpe.DynamicSparse(model, tpe.prunable_parameters(model), 0.75, every=1, optimizer=optimizer)
+    assert train(model, newer, optimizer, batches(2)) == [True, True]  # the older one is of no effect
+    model(batches(1)[0]).sum().backward()
+    snapshot = Snapshot(model)
+    with pytest.raises(ValueError, match=r"Linear.weight of shape \(16, 12\) is trained by two DynamicSparse.*newer"):
+        dst.step()
+    assert snapshot.differences() == []
+    assert newer.step()
+
+
 def test_weights_that_are_not_finite():
     model, dst, _ = trained()
     model(batches(1)[0]).sum().backward()

@@ -43,7 +43,11 @@ class DenseGradients:
         self._sums = [None] * len(self._sums)
 
     def intact(self) -> bool:
-        """Return whether nobody has replaced a hook since :meth:`start`, so that nothing was missed."""
+        """Return whether nobody has replaced a hook since :meth:`start`, so that nothing was missed.
+
+        Raises:
+            ValueError: another one listens to the same tensors, and both would miss something for ever.
+        """
         return all(tap.is_in() for tap in self._taps)
 
     def sums(self) -> list[Tensor | None]:
@@ -82,10 +86,13 @@ class _Tap:
             del vars(self.hook)["apply_mask"]
 
     def is_in(self) -> bool:
-        """Return whether the module's products still come by here."""
+        """Return whether the module's products still come by here, and raise if they go to another one."""
         target = Target.found(self.module, self.name)
         hook = None if target is None else target.hook()[1]
-        return hook is not None and vars(hook).get("apply_mask") is self
+        found = None if hook is None else vars(hook).get("apply_mask")
+        if target is not None and isinstance(found, _Tap) and found is not self and found.owner() is not None:
+            raise ValueError(f"{target.where} is trained by two DynamicSparse. Call step() of the newer one only.")
+        return found is self
 
     def __call__(self, module: nn.Module) -> Tensor:
         """Return the product, as the host makes it."""

@@ -157,7 +157,8 @@ class DynamicSparse:
             Whether the masks were updated.
 
         Raises:
-            ValueError: a tensor is no longer pruned as this has left it, or its weights are not finite.
+            ValueError: a tensor is no longer pruned as this has left it, its weights are not finite, or another
+                :class:`DynamicSparse` trains it, too.
             RuntimeError: no gradient has reached any of the tensors; or another rank refused, or its weights differ.
                 Masks, weights and the count of steps are as before, then.
         """
@@ -230,9 +231,10 @@ class DynamicSparse:
             for tensor in self._tensors:
                 with errors_about(tensor.where):
                     places.append(tensor.find())
+            intact = self._gradients is None or self._gradients.intact()
         gradients: Sequence[Tensor | None] = [None] * len(places)
         if self._gradients is not None:
-            averaged = self._averaged(self._gradients, [found[0][0].parameter for found in places])
+            averaged = self._averaged(self._gradients.sums(), [found[0][0].parameter for found in places], intact)
             if averaged is None:
                 return False
             gradients = averaged
@@ -255,10 +257,11 @@ class DynamicSparse:
                 renew(target)
         return True
 
-    def _averaged(self, gradients: DenseGradients, tensors: Sequence[Tensor]) -> list[Tensor | None] | None:
+    def _averaged(
+        self, sums: Sequence[Tensor | None], tensors: Sequence[Tensor], intact: bool
+    ) -> list[Tensor | None] | None:
         """Return the gradients as the mean of all ranks; None if some were missed, or are not finite."""
-        sums = gradients.sums()
-        broken, *reached = self._ranks.totals(not gradients.intact(), *(each is not None for each in sums))
+        broken, *reached = self._ranks.totals(not intact, *(each is not None for each in sums))
         if broken:
             return None
         if not any(reached):
