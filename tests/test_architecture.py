@@ -94,6 +94,8 @@ ORDER = [
     "workflow.apportion",
     "workflow.budgets",
     "workflow.targets",
+    "workflow.writing",
+    "workflow.gradual",
     "workflow.sensitivity",
     "workflow.least_drop",
     "workflow.allocation",

@@ -61,6 +61,7 @@ from torchprune_ext.patterns import NM, Block, Channel, Kernel, Vector
 from torchprune_ext.penalties import bn_l1_penalty
 from torchprune_ext.workflow import allocation
 from torchprune_ext.workflow.dynamic import DynamicSparse
+from torchprune_ext.workflow.gradual import GradualPruner
 from torchprune_ext.workflow.targets import plan, prune_to
 
 __version__ = "0.1.0"
@@ -79,6 +80,7 @@ __all__ = [
     "EveryOther",
     "Fit",
     "GradientMagnitude",
+    "GradualPruner",
     "Kernel",
     "KernelLn",
     "NMStructured",

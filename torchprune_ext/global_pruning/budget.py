@@ -221,6 +221,25 @@ def prune(
     **arguments: Any,
 ) -> None:
     """Choose what goes, spread each cut into masks, and install all or nothing."""
+    masks = masks_of(call, params, budget, units, score, spread, process_group, reduce, param=param, **arguments)
+    with all_or_nothing(target.module for _, target, _, _ in masks), Ranks(process_group).together():
+        install_all(call, budget, masks)
+
+
+def masks_of(
+    call: str,
+    params: Params,
+    budget: Budget,
+    units: str,
+    score: Callable[[Target], Scores],
+    spread: Callable[[Target, Scores, Cut], Iterable[tuple[Target, Tensor]]],
+    process_group: Any = None,
+    reduce: str | None = None,
+    *,
+    param: str = "params",
+    **arguments: Any,
+) -> list[tuple[Listed, Target, Tensor, dict[str, Any]]]:
+    """Choose what goes and return the masks that say so, with the arguments for the history; nothing is changed."""
     ranks = Ranks(process_group)
     chosen = choose(call, params, budget, units, score, process_group, reduce, param=param, **arguments)
     groups, parts, cuts = chosen.groups, chosen.parts, chosen.cuts
@@ -235,8 +254,7 @@ def prune(
         ]
     if reduce and len(set(ranks.counts(digest(mask for _, _, mask, _ in masks)))) > 1:
         raise RuntimeError("reduce='mean': the masks differ between ranks, so weights or earlier masks do. Sync them.")
-    with all_or_nothing(target.module for _, target, _, _ in masks), ranks.together():
-        install_all(call, budget, masks)
+    return masks
 
 
 def _warn_of_positions(

@@ -19,7 +19,7 @@ from torchprune_ext._tables import percent, table
 from torchprune_ext.discovery import NO_PRODUCT
 from torchprune_ext.global_pruning.budget import Listed, Params, groups_of, refuse_empty
 from torchprune_ext.patterns import Unit
-from torchprune_ext.workflow.targets import Criterion, plan, prune_to
+from torchprune_ext.workflow.targets import Criterion, paths_in, plan, prune_to
 
 __all__ = ["Sensitivity", "SensitivityRow", "sensitivity"]
 
@@ -157,7 +157,7 @@ def sensitivity(
     params = list(params) if isinstance(params, Iterable) and not isinstance(params, nn.Module) else params
     groups = groups_of(params)
     refuse_empty(groups)
-    paths = _paths(model, groups)
+    paths = paths_in(model, groups)
     plans = {}
     for sparsity in asked:
         with errors_about(f"sparsities hold {sparsity!r}"):
@@ -194,16 +194,6 @@ def _checked(sparsities: Iterable[float]) -> list[float]:
     if not asked:
         raise ValueError("sparsities=() leaves nothing to measure. Pass e.g. (0.5, 0.9).")
     return sorted({float(sparsity) for sparsity in asked})
-
-
-def _paths(model: nn.Module, groups: Sequence[Listed]) -> list[str]:
-    """Return the path of each tensor in ``model``."""
-    paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
-    for listed in groups:
-        for target in listed.everywhere():
-            if target.module not in paths:
-                raise ValueError(f"{listed.where} is not a part of the model {type(model).__name__}. Leave it out.")
-    return [f"{paths[listed.target.module]}.{listed.target.name}".lstrip(".") for listed in groups]
 
 
 def _number(value: object, what: str) -> float:

@@ -1,26 +1,30 @@
 """Prune to a target, counted from nothing pruned, whatever is pruned already; and ask first what would go."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from torchprune_ext._checks import check_sparsity
+from torchprune_ext._checks import check_sparsity, errors_about
 from torchprune_ext._host import Target, targets_of
 from torchprune_ext._statistics import Key
 from torchprune_ext._tables import percent, table
 from torchprune_ext.global_pruning.budget import (
     Budget,
+    Listed,
     Params,
     PerParameter,
     choose,
     given,
+    masks_of,
     prune,
     spread_entries,
 )
 from torchprune_ext.global_pruning.entries import scoring_of_entries
 from torchprune_ext.global_pruning.units import scoring_of_units
+from torchprune_ext.masks import units_alive
 from torchprune_ext.patterns import NM, Unit
 from torchprune_ext.selection import Cut, Scores, kept
 from torchprune_ext.workflow.budgets import Apart
@@ -81,6 +85,49 @@ def prune_to(
     task = _task(params, amounts, criterion, unit, scope, min_keep)
     score, spread = _scoring(criterion, unit)
     prune("prune_to", task.params, task.budget, _noun(unit), score, spread, **task.told)
+
+
+def masks_to(
+    call: str,
+    params: Params,
+    amounts: Amounts,
+    criterion: Criterion = "magnitude",
+    unit: Unit | None = None,
+    *,
+    scope: Scope = "global",
+    min_keep: float = 1,
+) -> list[tuple[Listed, Target, Tensor]]:
+    """Return the masks that :func:`prune_to` would install, for ``call``; nothing is changed."""
+    task = _task(params, amounts, criterion, unit, scope, min_keep)
+    score, spread = _scoring(criterion, unit)
+    masks = masks_of(call, task.params, task.budget, _noun(unit), score, spread, **task.told)
+    return [(listed, target, mask) for listed, target, mask, _ in masks]
+
+
+def count_units(groups: Iterable[Listed], unit: Unit | None) -> tuple[int, int]:
+    """Return how many units ``groups`` have, and how many of them are pruned."""
+    total = dead = 0
+    for listed in groups:
+        with errors_about(listed.where):
+            parameter, mask = listed.target.parameter, listed.target.mask
+            if unit is None:
+                size = parameter.numel()
+                alive = size if mask is None else int(mask.count_nonzero())
+            else:
+                flags = units_alive(unit, torch.ones_like(parameter, requires_grad=False) if mask is None else mask)
+                size, alive = len(flags), int(flags.count_nonzero())
+        total, dead = total + size, dead + size - alive
+    return total, dead
+
+
+def paths_in(model: nn.Module, groups: Sequence[Listed]) -> list[str]:
+    """Return the path of each tensor in ``model``; one that is not in it is a ``ValueError``."""
+    paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
+    for listed in groups:
+        for target in listed.everywhere():
+            if target.module not in paths:
+                raise ValueError(f"{listed.where} is not a part of the model {type(model).__name__}. Leave it out.")
+    return [f"{paths[listed.target.module]}.{listed.target.name}".lstrip(".") for listed in groups]
 
 
 def plan(
@@ -208,7 +255,7 @@ def _task(
     """Check the arguments, as far as no scores are needed."""
     if isinstance(params, Iterable) and not isinstance(params, nn.Module):
         params = list(params)  # it is read twice
-    _check_unit(unit)
+    check_unit(unit)
     told: dict[str, Any] = {"criterion": criterion} if isinstance(criterion, str) else given(criterion=criterion)
     if unit is not None:
         told["unit"] = str(unit)
@@ -249,7 +296,7 @@ def check_shares(param: str, shares: Mapping[Key, float], params: Params) -> Non
         check_sparsity(f"{param}[{name}]", share)
 
 
-def _check_unit(unit: object) -> None:
+def check_unit(unit: object) -> None:
     """Raise ``TypeError`` unless ``unit`` is None or a kind of unit."""
     if isinstance(unit, NM):
         raise TypeError(
