@@ -96,6 +96,7 @@ ORDER = [
     "workflow.targets",
     "workflow.writing",
     "workflow.gradual",
+    "workflow.tickets",
     "workflow.sensitivity",
     "workflow.least_drop",
     "workflow.allocation",

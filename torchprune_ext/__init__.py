@@ -63,6 +63,7 @@ from torchprune_ext.workflow import allocation
 from torchprune_ext.workflow.dynamic import DynamicSparse
 from torchprune_ext.workflow.gradual import GradualPruner
 from torchprune_ext.workflow.targets import plan, prune_to
+from torchprune_ext.workflow.tickets import LotteryTicket
 
 __version__ = "0.1.0"
 
@@ -83,6 +84,7 @@ __all__ = [
     "GradualPruner",
     "Kernel",
     "KernelLn",
+    "LotteryTicket",
     "NMStructured",
     "OBDSaliency",
     "SemiStructuredLinear",

@@ -115,6 +115,17 @@ def check_whole(param: str, value: int, least: int) -> None:
         raise ValueError(f"{param}={value!r} is too small. Pass an int >= {least}.")
 
 
+def number_from(value: object, call: str) -> float:
+    """Return the ``value`` that ``call``, of a function of the user's, gave, if it is a finite number; else raise."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{call} gave a {type(value).__name__}. Let it return a number, larger is better.")
+    if not math.isfinite(value):
+        raise ValueError(f"{call} gave {float(value)!r}. Let it return a finite number, such as an accuracy.")
+    return float(value)
+
+
 def check_order(n: float) -> None:
     """Raise unless ``n`` is an order that :func:`torch.linalg.vector_norm` takes."""
     if isinstance(n, bool) or not isinstance(n, numbers.Real):

@@ -1,6 +1,5 @@
 """How much a model loses with each layer, measured by pruning one at a time."""
 
-import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from torchprune_ext._checks import check_module, check_sparsity, errors_about
+from torchprune_ext._checks import check_module, check_sparsity, errors_about, number_from
 from torchprune_ext._loading import with_progress
 from torchprune_ext._restoring import contents_of, restore
 from torchprune_ext._runs import Written, refuse_lazy
@@ -165,7 +164,7 @@ def sensitivity(
             plans[sparsity] = plan(params, amounts, criterion, unit, min_keep=0).rows
     with _put_back(model) as (written, put_back):
         with _counting(groups) as uses, written.first_forward():
-            dense = _number(evaluate(model), "evaluate(model)")
+            dense = number_from(evaluate(model), "evaluate(model)")
         put_back()
         layers = tuple(
             _Layer(path, tuple(listed.pairs()), listed.target.parameter.numel(), row.units, used)
@@ -178,7 +177,7 @@ def sensitivity(
             wanted = plans[sparsity][place].pruned + plans[sparsity][place].to_prune
             reached = min(wanted, max(layer.units - 1, 0)) / max(layer.units, 1)
             prune_to(params, dict.fromkeys(layer.keys, reached), criterion, unit)
-            metric = _number(evaluate(model), f"evaluate(model) with {layer.path} at a sparsity of {sparsity!r}")
+            metric = number_from(evaluate(model), f"evaluate(model) with {layer.path} at a sparsity of {sparsity!r}")
             put_back()
             rows.append(SensitivityRow(layer.path, sparsity, reached, metric))
     return Sensitivity(dense, tuple(rows), "entries" if unit is None else unit.units, layers)
@@ -194,17 +193,6 @@ def _checked(sparsities: Iterable[float]) -> list[float]:
     if not asked:
         raise ValueError("sparsities=() leaves nothing to measure. Pass e.g. (0.5, 0.9).")
     return sorted({float(sparsity) for sparsity in asked})
-
-
-def _number(value: object, what: str) -> float:
-    """Return what the user's function gave, a finite number."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{what} gave a {type(value).__name__}. Let it return a number, larger is better.")
-    if not math.isfinite(value):
-        raise ValueError(f"{what} gave {float(value)!r}. Let it return a finite number, such as an accuracy.")
-    return float(value)
 
 
 @contextmanager
