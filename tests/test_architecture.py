@@ -97,6 +97,8 @@ ORDER = [
     "workflow.writing",
     "workflow.gradual",
     "workflow.tickets",
+    "workflow.soft",
+    "workflow.fine_tune",
     "workflow.sensitivity",
     "workflow.least_drop",
     "workflow.allocation",

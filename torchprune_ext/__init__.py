@@ -61,7 +61,9 @@ from torchprune_ext.patterns import NM, Block, Channel, Kernel, Vector
 from torchprune_ext.penalties import bn_l1_penalty
 from torchprune_ext.workflow import allocation
 from torchprune_ext.workflow.dynamic import DynamicSparse
+from torchprune_ext.workflow.fine_tune import fine_tune
 from torchprune_ext.workflow.gradual import GradualPruner
+from torchprune_ext.workflow.soft import SoftFilterPruner
 from torchprune_ext.workflow.targets import plan, prune_to
 from torchprune_ext.workflow.tickets import LotteryTicket
 
@@ -88,6 +90,7 @@ __all__ = [
     "NMStructured",
     "OBDSaliency",
     "SemiStructuredLinear",
+    "SoftFilterPruner",
     "Threshold",
     "Vector",
     "VectorLn",
@@ -108,6 +111,7 @@ __all__ = [
     "dense_state_dict",
     "dense_values",
     "every_other",
+    "fine_tune",
     "frozen",
     "global_block_ln",
     "global_bn_scaling",

@@ -62,7 +62,7 @@ def global_bn_scaling(
 
     prune(
         "global_bn_scaling",
-        _layers(pairs, partner),
+        layers_of(pairs, partner),
         Budget(amount, target_sparsity, min_keep),
         "channels",
         lambda target: bn_scores(target, partner[target.module]),
@@ -73,7 +73,7 @@ def global_bn_scaling(
     )
 
 
-def _layers(
+def layers_of(
     pairs: Iterable[tuple[nn.Module, nn.Module]], partner: dict[nn.Module, nn.Module]
 ) -> Iterator[tuple[nn.Module, str]]:
     """Yield the layers of ``pairs`` as a list of tensors, and fill ``partner`` with the BatchNorm of each."""
