@@ -19,7 +19,7 @@ from torchprune_ext._runs import check_depends, check_loss, refuse_lazy
 from torchprune_ext._tables import percent, table
 from torchprune_ext.deploy.checkpoint import load_pruned_state_dict
 
-__all__ = ["FineTuneRow", "FineTuned", "fine_tune"]
+__all__ = ["FineTuneRow", "FineTuned", "Steps", "fine_tune"]
 
 
 class Steps(Protocol):
