@@ -33,11 +33,12 @@ class GradualPruner:
             optimizer.zero_grad()
 
     Until the first update that prunes something, the model is left as it is and costs what it did: masks that drop
-    nothing would be multiplied at every forward pass. The masks are installed then, and from there on only their values
-    change. Parameters stay the same objects all the time, so the optimizer may be made before or after. What is pruned
-    does not come back.
+    nothing would be multiplied at every forward pass. The masks are installed then; from there on, and where there are
+    masks before, only their values change. Parameters stay the same objects all the time, so the optimizer may be made
+    before or after. What is pruned does not come back.
 
-    - *torch.compile*: code is compiled anew once, at the first update.
+    - *torch.compile*: code is compiled anew once, at the first update. torch 2.4 does not notice what changes in a
+      module that it has compiled: there, install masks that drop nothing first, by ``prune_to(params, 0.0)``.
     - *Gradient accumulation*: call :meth:`step` where the optimizer steps, not for each batch.
     - *AMP*: a step that ``GradScaler`` skips is none. Its gradients are not finite, so ``criterion="gradient"`` refuses
       them: call :meth:`step` only if ``scaler.update()`` has not made ``scaler.get_scale()`` smaller.

@@ -1,7 +1,7 @@
 """Masks that change again and again while a model trains.
 
-The first time they are installed as any others. From then on only their values are written, in the same buffers, so
-that compiled code goes on as it is, and the history has one entry instead of one for each update.
+Where there is a mask, its buffer stays the same tensor and gets new values, so that compiled code goes on as it is. The
+history has one entry instead of one for each update.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,26 +20,32 @@ def write_masks(masks: Sequence[tuple[Listed, Target, Tensor]], entry: Callable[
 
     Args:
         masks: tensor, one of its places, and mask.
-        entry: makes what the history tells; a target whose history has it gets new values in its buffer.
+        entry: makes what the history tells; a target whose history has it keeps it as it is.
     """
     new: dict[Listed, list[tuple[Target, GlobalPruning, Tensor]]] = {}
-    standing = []
+    known, written = [], []
     for listed, place, mask in masks:
         target = Target.of(place.module, place.name)
-        if target.mask is None or repr(entry()) not in target.told():
-            new.setdefault(listed, []).append((target, entry(), mask))
+        buffer = target.mask
+        if buffer is not None and (buffer.dtype != mask.dtype or buffer.is_inference()):
+            buffer = None  # as native methods may make them
+        if buffer is not None:
+            written.append((buffer, buffer.clone(), mask))
+        if buffer is not None and repr(entry()) in target.told():
+            known.append(target)
         else:
-            standing.append((target, target.mask, target.mask.clone(), mask))
+            new.setdefault(listed, []).append((target, entry(), mask if buffer is None else buffer))
     for own in new.values():
         as_one(own)
     with outside_of_inference(), torch.no_grad():
         try:
             with all_or_nothing(target.module for _, target, _ in masks):
-                install([each for own in new.values() for each in own])
-                for target, buffer, _, mask in standing:
+                for buffer, _, mask in written:
                     buffer.copy_(mask)
+                install([each for own in new.values() for each in own], values_change=True)
+                for target in known:
                     renew(target)
         except BaseException:
-            for _, buffer, before, _ in standing:
+            for buffer, before, _ in written:
                 buffer.copy_(before)
             raise
