@@ -124,9 +124,7 @@ def test_masks_in_the_end(paired):
     else:
         assert torch.equal(model(X), before)
         assert not prune.is_pruned(model[1])
-    assert tpe.history(model[0], "weight") == [
-        "SoftFilterPruner(sparsity=0.5, unit='Channel(dim=0, groups=1)', every=2)"
-    ]
+    assert tpe.history(model[0], "weight") == [f"SoftFilterPruner(sparsity=0.5, unit={str(tpe.Channel(0))!r}, every=2)"]
     masks = model[0].weight_mask.clone()
     for _ in range(4):
         train(model, optimizer, soft)

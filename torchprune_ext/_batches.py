@@ -46,13 +46,6 @@ def tree_map(change: Callable[[Tensor], Any], tree: Any, other: Callable[[Any], 
     return pytree.tree_map(each, tree, is_leaf=is_leaf)
 
 
-def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what a model is called with, by position and by name."""
-    keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
-    plain = not isinstance(inputs, (Mapping, tuple, list)) or is_leaf(inputs)
-    return () if keywords else (inputs,) if plain else tuple(inputs), keywords
-
-
 def leaves(tree: Any) -> list[Tensor]:
     """Return the tensors of ``tree`` in order."""
     found: list[Tensor] = []

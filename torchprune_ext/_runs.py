@@ -17,7 +17,6 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchprune_ext._batches import Batch, arguments, is_leaf, tree_map
-from torchprune_ext._batches import Batch, arguments_of, is_leaf, tree_map
 from torchprune_ext._checks import check_finite, check_module, leave_out
 from torchprune_ext._host import Target, as_plain, targets_of
 from torchprune_ext._loading import Options, check_options, read, with_progress
@@ -67,7 +66,6 @@ class Run:
     def output(self, inputs: Any, parameters: dict[str, Tensor] | None = None) -> Any:
         """Return what the model, or the model with other ``parameters``, makes of ``inputs``."""
         given, keywords = arguments(inputs)
-        arguments, keywords = arguments_of(inputs)
         if parameters is None:
             with nullcontext() if self.written is None else self.written.first_forward():
                 return self.model(*given, **keywords)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprune_ext._batches import Batch, arguments_of
+from torchprune_ext._batches import Batch, arguments
 from torchprune_ext._checks import check_fraction, check_module, check_whole, number_from
 from torchprune_ext._host import Target, kept_zeros, pruned, targets_in, warn_of_zeros
 from torchprune_ext._loading import read
@@ -312,8 +312,8 @@ def _modes(model: nn.Module | None) -> Iterator[None]:
 
 
 def _output(model: nn.Module, batch: Batch) -> Any:
-    arguments, keywords = arguments_of(batch.inputs)
-    return model(*arguments, **keywords)
+    given, keywords = arguments(batch.inputs)
+    return model(*given, **keywords)
 
 
 def _logits(output: Any, who: str) -> Tensor:
