@@ -166,7 +166,7 @@ def _found(model: nn.Module, groups: tuple[Group, ...]) -> Iterator[_Found]:
         none = torch.zeros((0, group.size), dtype=torch.bool)
         silent = torch.stack([each.silent.all(1) for each in group.readings]) if group.readings else none
         known = torch.stack([(r.silent | ~r.value.isnan()).all(1) for r in group.readings]) if group.readings else none
-        folds = [can_fold(holders, each) for each in group.readings]
+        folds = [can_fold(holders, group, each) for each in group.readings]
         allowed = torch.tensor([why is None for why in folds], dtype=torch.bool).unsqueeze(1)
         dead = (silent | (known & allowed)).all(0) & ~_differs(group)
         looks = silent.any(0) | _without_weights(group)
