@@ -152,7 +152,7 @@ def test_a_constant_stays_where_no_bias_can_take_it_in_and_zeros_go(name, zeros)
         back=nn.Linear(3, 8, bias=False),
     )
     if not zeros:
-        with pytest.raises(ValueError, match=r"no channels that can be removed|depends on what they give"):
+        with pytest.raises(ValueError, match=r"no channels that can be removed|what they give"):
             tpe.compact(model, torch.randn(2, 4))
         return
     model.first.weight.data[2:4], model.first.bias.data[2:4] = 0, -1
@@ -197,3 +197,42 @@ def test_constants_that_no_bias_can_hold(what):
 def test_inputs_that_require_gradients():
     model = Told(lambda self, x: self.out(self.first(x)), first=constant(nn.Linear(4, 8)), out=nn.Linear(8, 3))
     assert tpe.compact(model, torch.randn(2, 4, requires_grad=True)).first.out_features == 6
+
+
+def test_what_depends_on_its_number_stays_and_the_rest_goes():
+    """Of attention with one head, the scale is that of the width of queries and keys."""
+
+    def forward(self, x):
+        x = F.scaled_dot_product_attention(self.q(x), self.k(x), x)
+        return self.down(torch.relu(self.up(x)))
+
+    parts = {name: nn.Linear(4, 8) for name in ("q", "k", "up")}
+    model = Told(forward, **parts, down=nn.Linear(8, 2))
+    for layer in (model.q, model.k, model.up):
+        constant(layer, 0.0)
+    x = torch.randn(2, 5, 4)
+    with pytest.warns(UserWarning, match=r"depends on it(.|\n)*q.weight, k.weight: output differs"):
+        small = tpe.compact(model, x)
+    assert (small.q.out_features, small.up.out_features) == (8, 6)
+    torch.testing.assert_close(small(x), model(x))
+
+
+class Brief(nn.Module):
+    """Attention whose number of heads has a name that does not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.q, self.k, self.v, self.o = 4, *(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.h, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_number_of_heads_by_any_name():
+    model = Brief()
+    model.o.weight.data[:, 2:4] = 0
+    small = tpe.compact(model, torch.randn(2, 5, 8))
+    x = torch.randn(3, 7, 8)
+    assert (small.h, small.q.out_features) == (3, 6)
+    torch.testing.assert_close(small(x), model(x))

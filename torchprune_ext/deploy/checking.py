@@ -32,10 +32,10 @@ def without(plain: M, cuts: Sequence[Cut], inputs: Any) -> M:
     Args:
         plain: the model, without masks.
         cuts: what is to go. What the model's code does not allow stays, with a warning.
-        inputs: a batch, on which the two are compared, and on another one that is made of it.
+        inputs: a batch, on which the two are compared, and on others that are made of it.
 
     Raises:
-        RuntimeError: they do not agree, and which groups are to blame.
+        RuntimeError: they agree for no group, or not for all that agree alone, and which are to blame.
         ValueError: the model's code allows nothing.
     """
     wanted = _Outputs(plain, inputs)
@@ -61,7 +61,7 @@ def without(plain: M, cuts: Sequence[Cut], inputs: Any) -> M:
                     allowed.append(_alone(plain, fewer, wanted))
                 except (_WidthError, _ValueError) as other:
                     (wrong if isinstance(other, _ValueError) else stay).append(f"{names}: {other}")
-    if wrong:
+    if wrong and not allowed:
         raise RuntimeError(
             "Without these channels the model computes something else, so nothing was removed. Its code depends on "
             "their number, or on values that are not in its parameters:\n  " + "\n  ".join(wrong)
@@ -78,11 +78,11 @@ def without(plain: M, cuts: Sequence[Cut], inputs: Any) -> M:
             f"Nothing was removed: each group of channels can go, but not all together ({error}). Groups: "
             + "; ".join(", ".join(each.group.names[:3]) for each in allowed)
         ) from first
-    if stay:
+    if stay or wrong:
         warn(
-            "compact leaves channels that are dead, since the model's code fixes their number or depends on what they "
-            "give. Where it fixes the number, let it read the width from the tensor, as x.flatten(1) does:\n  "
-            + "\n  ".join(stay)
+            "compact leaves channels that are dead, since the model's code fixes their number or depends on it, or on "
+            "what they give. Where it fixes the number, let it read the width from the tensor, as x.flatten(1) "
+            "does:\n  " + "\n  ".join([*stay, *wrong])
         )
     return small
 

@@ -116,7 +116,7 @@ def compact(model: M, example_inputs: Any, *, round_to: int = 1) -> M:
         ValueError: nothing can be removed, and why, by layer; ``round_to`` is less than 1; the model cannot be copied;
             or as :func:`dead_units`.
         RuntimeError: the outputs of the smaller model differ from those of ``model``, on ``example_inputs`` or on
-            others made of them, and by which layers' channels. Nothing is returned then.
+            others made of them, whichever layers' channels are cut. Nothing is returned then.
 
     Example:
         >>> from torch.nn.utils import prune

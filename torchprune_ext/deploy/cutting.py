@@ -213,7 +213,7 @@ def numbers(model: nn.Module, each: Cut, sizes: Mapping[str, torch.Size]) -> Ite
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 continue
             counts = "head" in key.lower() and not any(word in key.lower() for word in HEAD_WIDTHS)
-            if group.heads and counts and value % group.size == 0:
+            if group.heads and ((counts and value % group.size == 0) or (each.widest and value == group.size)):
                 yield module, key, value // group.size * left
             elif value in widths and (each.widest or (group.heads and key in WIDTHS)):
                 yield module, key, widths[value]
