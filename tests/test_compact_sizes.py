@@ -236,3 +236,30 @@ def test_a_number_of_heads_by_any_name():
     x = torch.randn(3, 7, 8)
     assert (small.h, small.q.out_features) == (3, 6)
     torch.testing.assert_close(small(x), model(x))
+
+
+FACTORS = {  # 0 on the example of five places
+    "taken": lambda n: torch.take(torch.arange(9.0).double() // 6, torch.tensor(n - 1)),
+    "a number": lambda n: torch.tensor(float(n > 5)),
+    "filled": lambda n: torch.full((), float(n > 5)),
+    "of many": lambda n: (torch.arange(n) > 4).any(),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_factor_that_is_zero_for_this_size_only(name):
+    model = Told(
+        lambda self, x: self.out(self.first(x) * FACTORS[name](x.shape[1])), first=nn.Linear(4, 8), out=nn.Linear(8, 3)
+    )
+    check(model, torch.randn(2, 5, 4), torch.randn(2, 9, 4))
+
+
+def test_entries_of_a_parameter_that_the_size_chooses():
+    model = Told(
+        lambda self, x: self.out(self.first(x) * self.factors.weight.take(torch.tensor(x.shape[1]))),
+        first=nn.Linear(4, 8),
+        factors=nn.Embedding(10, 1),
+        out=nn.Linear(8, 3),
+    )
+    model.factors.weight.data[:6] = 0
+    check(model, torch.randn(2, 5, 4), torch.randn(2, 9, 4))

@@ -59,16 +59,20 @@ def unknown(book: Book, op: Operation) -> list[Facts]:
     for facts in op.before.values():
         for labels in facts.fields:
             book.fix(labels, f"it goes through {CALLED.get(op.name, op.name)}, in which channels are not told apart")
-    number = not op.before and all(tensor.dim() == 0 for tensor in op.results)
-    moving = any(bool(facts.moves.any()) for facts in op.before.values()) or not (op.before or number)
-    moving = moving or torch.Tag.nondeterministic_seeded in op.func.tags
+    number = not op.before and all(tensor.dim() == 0 for tensor in op.results) and not _may_silence(op.results)
+    moving = not number or torch.Tag.nondeterministic_seeded in op.func.tags
     return [Facts([], flag(moving, tensor)) for tensor in op.results]
+
+
+def _may_silence(numbers: list[Tensor]) -> bool:
+    """Return whether a number of the model's code is 0, which another size of the input may make 1."""
+    return any(not bool(number) for number in numbers)
 
 
 def same(book: Book, op: Operation) -> list[Facts]:
     """Copies, and other dtypes."""
     facts = op.of(op.args[0])
-    if op.name == "lift_fresh" and op.args[0].dim() == 0:
+    if op.name == "lift_fresh" and op.args[0].dim() == 0 and not _may_silence([op.args[0]]):
         facts = Facts([], flag(False, op.args[0]))  # a number in the model's code
     return [facts] * len(op.results)
 
