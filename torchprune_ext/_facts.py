@@ -258,6 +258,15 @@ def any_along(facts: Tensor, axes: Iterable[int]) -> Tensor:
     return small.expand(facts.shape)
 
 
+def alike_along(values: Tensor, axes: Iterable[int]) -> Tensor:
+    """Return a bool fact that holds where all ``values`` along ``axes`` are the same, so that their number is free."""
+    same = torch.ones_like(values, dtype=torch.bool)
+    for axis in axes:
+        if values.size(axis):
+            same &= values == values.narrow(axis, 0, 1)
+    return ~any_along(~same, axes)
+
+
 def resized(facts: Tensor, axes: Iterable[int], shape: Sequence[int]) -> Tensor:
     """Return facts that are the same along ``axes`` for a tensor of another size there."""
     for axis in axes:
@@ -287,7 +296,7 @@ def constants(values: Tensor, moves: Tensor, axis: int) -> tuple[Tensor, Tensor]
     """Return for each place along ``axis`` whether its entries stay whatever comes in, and their one value or NaN."""
     rows, moving = values.movedim(axis, 0).flatten(1), squeezed(moves).movedim(axis, 0).flatten(1).any(1)
     moving = moving.expand(len(rows))
-    if bool(moving.all()) or not rows.numel():
+    if bool(moving.all()) or not rows.numel() or rows.is_complex():  # constants are real numbers
         return ~moving, torch.full((len(rows),), float("nan"), dtype=torch.float64, device=values.device)
-    alike = (rows == rows[:, :1]).all(1) & ~moving
+    alike = (rows == rows[:, :1]).all(1) & ~moving & rows[:, 0].isfinite()
     return ~moving, rows[:, 0].double().masked_fill(~alike, float("nan"))

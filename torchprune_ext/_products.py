@@ -24,8 +24,10 @@ ALONE = "it is multiplied with the model's input, or other values without channe
 def product(book: Book, op: Operation) -> list[Facts]:
     """Matrix products, in batches or not, with or without something added."""
     added, (a, b) = (op.args[0], op.args[1:3]) if op.name in ("addmm", "baddbmm") else (None, op.args[:2])
-    bias = op.of(added).source if added is not None and op.of(added).whole else None
+    bias = op.of(added).source if added is not None and op.of(added).whole and not op.kwargs else None
     left, right = _in_batches(op.of(a), a, False), _in_batches(op.of(b), b, True)
+    if op.kwargs:  # alpha, beta: what is summed is not what is added
+        left.whole = right.whole = False
     fields, moves = _contracted(book, _three(a, False), left, _three(b, True), right, bias)
     fields, moves = [each.reshape(op.out.shape) for each in fields], moves.reshape(op.out.shape)
     if added is not None:
@@ -140,6 +142,11 @@ def convolution(book: Book, op: Operation) -> list[Facts]:
         book.grids.append(rows.view(groups, -1))
     moving = squeezed(fx.moves).transpose(0, 1).flatten(1).any(1).expand(x.shape[1]).view(groups, 1, -1)
     alive = (_nonzero(weight, groups) & moving).any(2).view(shape) | bool(fw.moves.any())
+    if transposed or any(bool(pad) for pad in padding):  # what zeros around do may show at another size only
+        given = (x != 0).transpose(0, 1).flatten(1).any(1).view(groups, 1, -1)
+        places = op.out.transpose(0, 1).flatten(1)
+        alike = (places == places[:, :1]).all(1)
+        alive = alive | ((_nonzero(weight, groups) & given).any(2).flatten() & alike).view(shape)
     operands = [(op.out, [] if rows is None else [rows.view(shape).expand(op.out.shape)])]
     if isinstance(bias, Tensor):
         operands.append((bias.view(shape), [each.view(shape) for each in op.of(bias).fields]))

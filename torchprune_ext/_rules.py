@@ -14,6 +14,7 @@ from torchprune_ext._facts import (
     Facts,
     Operation,
     Read,
+    alike_along,
     any_along,
     both,
     concatenated,
@@ -27,7 +28,8 @@ from torchprune_ext._facts import (
 )
 
 VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
-CUTS = {"slice", "select"}
+CUTS = {"slice", "select", "split", "split_with_sizes", "unbind", "unsafe_split", "unsafe_split_with_sizes"}
+CUTS |= {"unsafe_chunk", "diagonal", "unfold"}
 CALLED = {
     "native_group_norm": "GroupNorm",
     "_weight_norm_interface": "weight_norm",
@@ -36,6 +38,20 @@ CALLED = {
     "_trilinear": "Bilinear",
 } | dict.fromkeys(("mkldnn_rnn_layer", "lstm", "gru", "rnn_tanh", "rnn_relu", "_cudnn_rnn"), "a recurrent layer")
 SUMS = {"sum", "linalg_vector_norm"}  # to which a zero adds nothing
+FREE = {
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "median",
+    "std",
+    "var",
+    "var_mean",
+    "std_mean",
+    "sort",
+}  # of how many equal
+ZEROS = SUMS | {"norm", "prod", "any", "cumsum", "cumprod", "argmax", "argmin"}  # of how many zeros
 
 
 def unknown(book: Book, op: Operation) -> list[Facts]:
@@ -43,16 +59,20 @@ def unknown(book: Book, op: Operation) -> list[Facts]:
     for facts in op.before.values():
         for labels in facts.fields:
             book.fix(labels, f"it goes through {CALLED.get(op.name, op.name)}, in which channels are not told apart")
-    number = not op.before and all(tensor.dim() == 0 for tensor in op.results)
-    moving = any(bool(facts.moves.any()) for facts in op.before.values()) or not (op.before or number)
-    moving = moving or torch.Tag.nondeterministic_seeded in op.func.tags
+    number = not op.before and all(tensor.dim() == 0 for tensor in op.results) and not _may_silence(op.results)
+    moving = not number or torch.Tag.nondeterministic_seeded in op.func.tags
     return [Facts([], flag(moving, tensor)) for tensor in op.results]
+
+
+def _may_silence(numbers: list[Tensor]) -> bool:
+    """Return whether a number of the model's code is 0, which another size of the input may make 1."""
+    return any(not bool(number) for number in numbers)
 
 
 def same(book: Book, op: Operation) -> list[Facts]:
     """Copies, and other dtypes."""
     facts = op.of(op.args[0])
-    if op.name == "lift_fresh" and op.args[0].dim() == 0:
+    if op.name == "lift_fresh" and op.args[0].dim() == 0 and not _may_silence([op.args[0]]):
         facts = Facts([], flag(False, op.args[0]))  # a number in the model's code
     return [facts] * len(op.results)
 
@@ -71,10 +91,11 @@ def move(book: Book, op: Operation) -> list[Facts]:
 
     moves, results = facts.moves, op.results
     whole = facts.whole and len(results) == 1 and results[0].numel() == x.numel()
-    if op.name in CUTS and facts.source is not None and not whole:  # which part is read may depend on the input
-        axis = op.named.get("dim", 0)
-        alike = (x == x.narrow(axis, 0, 1)).all(axis, keepdim=True).expand(x.shape)
-        moves = either(moves, ~normal(alike))
+    if op.name in CUTS and not whole and (facts.source is not None or not bool(moves.any())):
+        named, dims = op.named, ("dim1", "dim2") if op.name == "diagonal" else ("dim", "dimension")
+        axes = [named[each] for each in dims if each in named] or [0]
+        axes += [1] * (op.name == "diagonal" and axes == [0])
+        moves = either(moves, ~normal(alike_along(x, axes)))  # which part is read may depend on the input
     fields = [[normal(each) for each in moved(labels)] for labels in facts.fields]
     for old, each in zip(facts.fields, fields, strict=True):
         book.grids += [squeezed(labels) for labels in each if len(varying(labels)) > max(1, len(varying(old)))]
@@ -92,7 +113,12 @@ def pad(book: Book, op: Operation) -> list[Facts]:
         normal(op.func(each, widths, 0)) if varying(each) & axes else resized(each, axes, op.out.shape)
         for each in facts.fields
     ]
-    return [Facts(fields, normal(op.func(facts.moves, widths, 0)))]
+    moves = facts.moves
+    if min(widths, default=0) < 0:  # of inputs of another size more may be left
+        moves = either(moves, normal(~alike_along(x, axes)))
+    if not any(widths):  # of those there may be something around
+        moves = either(moves, normal(x != (op.named.get("value") or 0)))
+    return [Facts(fields, normal(op.func(moves, widths, 0)))]
 
 
 def pointwise(book: Book, op: Operation) -> list[Facts]:
@@ -165,7 +191,17 @@ def reduce(book: Book, op: Operation) -> list[Facts]:
             book.reads.append(Read(labels, silent, silent, torch.full(labels.shape, math.nan), None, False, None))
         else:
             fields.append(less(book.looked(each, axes, f"{op.name} is taken over all channels")))
-    return [Facts(fields, less(any_along(facts.moves, axes if x.dim() else ()))) for _ in op.results]
+    moves = any_along(facts.moves, axes if x.dim() else ())
+    if x.dim() and not (facts.source is not None and facts.whole):
+        moves = either(moves, ~_of_any_number(op, x, axes))
+    return [Facts(fields, less(moves)) for _ in op.results]
+
+
+def _of_any_number(op: Operation, x: Tensor, axes: set[int]) -> Tensor:
+    """Return where the operation gives the same for any number of such entries along axes, as there may be later on."""
+    if op.name in FREE:
+        return normal(alike_along(x, axes))
+    return normal(~any_along(x != 0, axes)) if op.name in ZEROS else flag(False, x)
 
 
 def along_one(book: Book, op: Operation) -> list[Facts]:
@@ -173,7 +209,10 @@ def along_one(book: Book, op: Operation) -> list[Facts]:
     x, facts = op.args[0], op.of(op.args[0])
     axes = {op.named.get("dim", -1) % x.dim()} if x.dim() else set()
     fields = [book.looked(f, axes, f"{op.name.lstrip('_')} is taken over all channels") for f in facts.fields]
-    return [Facts(fields, any_along(facts.moves, axes)) for _ in op.results]
+    moves = any_along(facts.moves, axes)
+    if not (facts.source is not None and facts.whole):
+        moves = either(moves, ~_of_any_number(op, x, axes))
+    return [Facts(fields, moves) for _ in op.results]
 
 
 def spatial(book: Book, op: Operation) -> list[Facts]:
@@ -184,7 +223,11 @@ def spatial(book: Book, op: Operation) -> list[Facts]:
         return unknown(book, op)
     axes = set(range(x.dim() - inner, x.dim()))
     fields = [book.looked(each, axes, f"{op.name} is taken over all channels") for each in facts.fields]
-    moves = any_along(facts.moves, axes)
+    free = alike_along(x, axes)
+    padding = op.named.get("padding", 0) if "avg_pool" in op.name else 0
+    if (any(padding) if isinstance(padding, (list, tuple)) else padding) or op.named.get("divisor_override"):
+        free = ~any_along(x != 0, axes)  # how much of zeros around comes in depends on the size
+    moves = either(any_along(facts.moves, axes), normal(~free))
     return [
         Facts([resized(each, axes, tensor.shape) for each in fields], resized(moves, axes, tensor.shape))
         for tensor in op.results

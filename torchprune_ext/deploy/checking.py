@@ -1,6 +1,7 @@
 """Takes channels out of a model and checks that it still computes the same, on real numbers."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -31,10 +32,10 @@ def without(plain: M, cuts: Sequence[Cut], inputs: Any) -> M:
     Args:
         plain: the model, without masks.
         cuts: what is to go. What the model's code does not allow stays, with a warning.
-        inputs: a batch, on which the two are compared, and on another one that is made of it.
+        inputs: a batch, on which the two are compared, and on others that are made of it.
 
     Raises:
-        RuntimeError: they do not agree, and which groups are to blame.
+        RuntimeError: they agree for no group, or not for all that agree alone, and which are to blame.
         ValueError: the model's code allows nothing.
     """
     wanted = _Outputs(plain, inputs)
@@ -44,19 +45,32 @@ def without(plain: M, cuts: Sequence[Cut], inputs: Any) -> M:
         first = error
     allowed, stay, wrong = [], [], []
     for each in cuts:
+        names = ", ".join(each.group.names[:3])
         try:
             allowed.append(_alone(plain, each, wanted))
         except _WidthError as error:
-            stay.append(f"{', '.join(each.group.names[:3])}: {error}")
+            stay.append(f"{names}: {error}")
         except _ValueError as error:
-            wrong.append(f"{', '.join(each.group.names[:3])}: {error}")
-    if wrong:
+            if not bool(each.constant.any()):
+                wrong.append(f"{names}: {error}")
+                continue
+            stay.append(f"{names}: without those that give a constant (a bias or BatchNorm shift), {error}")
+            fewer = replace(each, gone=each.gone & ~each.constant, constant=torch.zeros_like(each.constant))
+            if bool(fewer.gone.any()):
+                try:
+                    allowed.append(_alone(plain, fewer, wanted))
+                except (_WidthError, _ValueError) as other:
+                    (wrong if isinstance(other, _ValueError) else stay).append(f"{names}: {other}")
+    if wrong and not allowed:
         raise RuntimeError(
             "Without these channels the model computes something else, so nothing was removed. Its code depends on "
             "their number, or on values that are not in its parameters:\n  " + "\n  ".join(wrong)
         )
     if not allowed:
-        raise ValueError("The model's code fixes all widths that could be smaller:\n  " + "\n  ".join(stay))
+        raise ValueError(
+            "The model's code fixes all widths that could be smaller, or depends on what they give:\n  "
+            + "\n  ".join(stay)
+        )
     try:
         small = _attempt(plain, allowed, wanted)
     except (_WidthError, _ValueError) as error:
@@ -64,10 +78,11 @@ def without(plain: M, cuts: Sequence[Cut], inputs: Any) -> M:
             f"Nothing was removed: each group of channels can go, but not all together ({error}). Groups: "
             + "; ".join(", ".join(each.group.names[:3]) for each in allowed)
         ) from first
-    if stay:
+    if stay or wrong:
         warn(
-            "compact leaves channels that are dead, since the model's code fixes their number. Let it read the width "
-            "from the tensor, as x.flatten(1) does:\n  " + "\n  ".join(stay)
+            "compact leaves channels that are dead, since the model's code fixes their number or depends on it, or on "
+            "what they give. Where it fixes the number, let it read the width from the tensor, as x.flatten(1) "
+            "does:\n  " + "\n  ".join([*stay, *wrong])
         )
     return small
 
@@ -153,8 +168,12 @@ def _outputs(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Iterat
 
     if dtype is not None:
         model, inputs = copy.deepcopy(model).to(dtype), tree_map(cast, inputs)
-    for place, each in enumerate((inputs, _others(inputs))):
-        with evaluating(model):
+    compiled = any("_orig_mod" in module._modules for module in model.modules())  # anew for each size
+    sizes = () if compiled else _sizes(inputs)
+    for place, each in enumerate((inputs, _others(inputs), *sizes)):
+        with evaluating(model), warnings.catch_warnings():
+            if place > 1:  # of sizes that nobody asked for
+                warnings.simplefilter("ignore")
             torch.manual_seed(0)
             try:
                 found = [(name, tensor.detach().clone()) for name, tensor in outputs_in(call(model, each))]
@@ -166,6 +185,27 @@ def _outputs(model: nn.Module, inputs: Any, dtype: torch.dtype | None) -> Iterat
         yield found
 
 
+def _sizes(inputs: Any) -> Iterator[Any]:
+    """Yield inputs half as long along all axes of one size, for each size that there is; of size 1, twice as long."""
+    tensors: list[Tensor] = []
+
+    def seen(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    tree_map(seen, inputs)
+    if any(tensor.is_cuda and not tensor.is_floating_point() for tensor in tensors):
+        return  # as indices, they could lie outside now, after which a GPU computes nothing more
+    for size in sorted({size for tensor in tensors for size in tensor.shape}):
+
+        def other(tensor: Tensor, size: int = size) -> Tensor:
+            for axis in [axis for axis, length in enumerate(tensor.shape) if length == size > 0]:
+                tensor = torch.cat([tensor, tensor], axis) if size == 1 else tensor.narrow(axis, 0, (size + 1) // 2)
+            return tensor
+
+        yield tree_map(other, inputs)
+
+
 def _others(inputs: Any) -> Any:
     """Return inputs with other values: noise on real ones, whole ones in reverse along their last axis."""
     made = torch.Generator().manual_seed(0)
@@ -173,6 +213,7 @@ def _others(inputs: Any) -> Any:
     def other(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.flip(-1) if tensor.dim() > 1 else tensor
+        tensor = tensor.detach()
         noise = torch.randn(tensor.shape, generator=made, dtype=torch.float32).to(tensor)
         finite = tensor[tensor.isfinite()].float()
         scale = float(finite.std(correction=0)) if finite.numel() > 1 else 1.0

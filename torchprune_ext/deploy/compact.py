@@ -116,7 +116,7 @@ def compact(model: M, example_inputs: Any, *, round_to: int = 1) -> M:
         ValueError: nothing can be removed, and why, by layer; ``round_to`` is less than 1; the model cannot be copied;
             or as :func:`dead_units`.
         RuntimeError: the outputs of the smaller model differ from those of ``model``, on ``example_inputs`` or on
-            others made of them, and by which layers' channels. Nothing is returned then.
+            others made of them, whichever layers' channels are cut. Nothing is returned then.
 
     Example:
         >>> from torch.nn.utils import prune
@@ -166,7 +166,7 @@ def _found(model: nn.Module, groups: tuple[Group, ...]) -> Iterator[_Found]:
         none = torch.zeros((0, group.size), dtype=torch.bool)
         silent = torch.stack([each.silent.all(1) for each in group.readings]) if group.readings else none
         known = torch.stack([(r.silent | ~r.value.isnan()).all(1) for r in group.readings]) if group.readings else none
-        folds = [can_fold(holders, each) for each in group.readings]
+        folds = [can_fold(holders, group, each) for each in group.readings]
         allowed = torch.tensor([why is None for why in folds], dtype=torch.bool).unsqueeze(1)
         dead = (silent | (known & allowed)).all(0) & ~_differs(group)
         looks = silent.any(0) | _without_weights(group)

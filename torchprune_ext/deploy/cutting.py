@@ -102,7 +102,7 @@ def _shrink(held: list[tuple[nn.Module, str]], axes: Mapping[int, Tensor]) -> No
         setattr(owner, name, new)
 
 
-def can_fold(model_holders: Mapping[str, list[tuple[nn.Module, str]]], reading: Reading) -> str | None:
+def can_fold(model_holders: Mapping[str, list[tuple[nn.Module, str]]], group: Group, reading: Reading) -> str | None:
     """Return why a constant that a product reads cannot go into a bias, or None if it can."""
     if reading.reader is None:
         return "what reads it is not a layer"
@@ -114,8 +114,12 @@ def can_fold(model_holders: Mapping[str, list[tuple[nn.Module, str]]], reading: 
     own = reading.reader.removesuffix("weight") + "bias"
     if (bias is None) != (reading.bias is None) or (bias is not None and reading.bias != own):
         return f"{reading.reader} is used without its own bias"
+    if bias is not None and len(model_holders[own]) > 1:
+        return f"{own} is shared with another module"
     if reading.padded:
         return f"{reading.reader} pads with zeros"
+    if any(member.name == reading.reader and member.reads and member.axis != 1 for member in group.members):
+        return f"{reading.reader} is used transposed"
     return None
 
 
@@ -209,7 +213,7 @@ def numbers(model: nn.Module, each: Cut, sizes: Mapping[str, torch.Size]) -> Ite
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 continue
             counts = "head" in key.lower() and not any(word in key.lower() for word in HEAD_WIDTHS)
-            if group.heads and counts and value % group.size == 0:
+            if group.heads and ((counts and value % group.size == 0) or (each.widest and value == group.size)):
                 yield module, key, value // group.size * left
             elif value in widths and (each.widest or (group.heads and key in WIDTHS)):
                 yield module, key, widths[value]
