@@ -470,6 +470,21 @@ def test_a_reader_that_is_not_listed_is_named():
     prune_and_compensate(model, batches, [*params, (model.project[0], "weight")], target_macs=0.9)
 
 
+@pytest.mark.parametrize("how", ["tied", "twice"])
+def test_a_reader_that_cannot_be_listed_is_not_asked_for_without_saying_so(how):
+    layers = [nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20), nn.Linear(20, 3)]
+    model = nn.Sequential(*layers)
+    if how == "tied":
+        model[4].weight = model[2].weight
+    else:
+        model[4] = model[2]
+    params = [(model[place], "weight") for place in (0, 5)]
+    with pytest.raises(ValueError, match=r"List that as well, if it can be: .*not tied"):
+        prune_and_compensate(model, [torch.randn(30, 6)], params, target_macs=0.9)
+    with pytest.raises(ValueError, match=r"tied|more than once"):
+        prune_and_compensate(model, [torch.randn(30, 6)], [*params, (model[2], "weight")], target_macs=0.9)
+
+
 def test_units_that_are_given_choose_the_readers():
     model, batches, params = made("flattened")
     unit = {params[2]: tpe.Channel(dim=1, size=9)}

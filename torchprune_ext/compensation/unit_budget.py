@@ -211,7 +211,10 @@ def _kinds(groups: Sequence[Group], targets: Sequence[Target], unit: Units | Non
         if why is None and any(each.reader is None or not each.whole for each in group.readings):
             why = "they are read by a product that is not one with a whole weight"
         if why is None and missing:
-            why = f"{' and '.join(missing)} read{'s' * (len(missing) == 1)} them too. List that as well"
+            why = (
+                f"{' and '.join(missing)} read{'s' * (len(missing) == 1)} them too. List that as well, if it can be: "
+                "of a Linear, Conv1d or Conv2d, called once in a pass, and not tied"
+            )
         if why is not None:
             others.append(f"the {group.size} units of {', '.join(group.names[:3])}: {why}")
             continue
