@@ -281,3 +281,11 @@ def test_amounts_of_one_layer_scale_exactly_to_themselves():
     tpe.prune_to(weights(*twin), 0.77, scope=copied)
     assert all(torch.equal(a.weight_mask, b.weight_mask) for a, b in zip(layers, twin, strict=True))
     assert math.isclose(sum(int((layer.weight_mask == 0).sum()) for layer in layers), round(0.77 * 96))
+
+
+def test_errors_show_what_is_not_repeated_as_dots():
+    params = [(nn.Linear(4, 4), "weight"), (nn.Linear(4, 2), "weight")]
+    with pytest.raises(ValueError, match=r"amounts=0.9, scope=\.\.\., min_keep=1: scope= takes all of it"):
+        tpe.prune_to(params, 0.9, scope={params[0]: 0.5, params[1]: 0.0})
+    with pytest.raises(ValueError, match=r"^((?!Ellipsis)(.|\n))*$"):
+        tpe.prune_to(params, 0.95, scope={params[0]: 0.9, params[1]: 0.8})

@@ -1,6 +1,7 @@
 """One budget of multiplications or parameters for a model: whole units go, and compact takes them out."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -468,6 +469,69 @@ def test_a_reader_that_is_not_listed_is_named():
     with pytest.raises(ValueError, match=r"out of reach(.|\n)*project.0.weight reads them too. List that as well"):
         prune_and_compensate(model, batches, params, target_macs=0.9)
     prune_and_compensate(model, batches, [*params, (model.project[0], "weight")], target_macs=0.9)
+
+
+@pytest.mark.parametrize("how", ["tied", "twice"])
+def test_a_reader_that_cannot_be_listed_is_not_asked_for_without_saying_so(how):
+    layers = [nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20), nn.Linear(20, 3)]
+    model = nn.Sequential(*layers)
+    if how == "tied":
+        model[4].weight = model[2].weight
+    else:
+        model[4] = model[2]
+    params = [(model[place], "weight") for place in (0, 5)]
+    with pytest.raises(ValueError, match=r"List that as well, if it can be: .*not tied"):
+        prune_and_compensate(model, [torch.randn(30, 6)], params, target_macs=0.9)
+    with pytest.raises(ValueError, match=r"tied|more than once"):
+        prune_and_compensate(model, [torch.randn(30, 6)], [*params, (model[2], "weight")], target_macs=0.9)
+
+
+def fixed_view():
+    """As LeNet is often written."""
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.two(F.relu(self.one(x)))), 2)
+        return self.head(F.relu(self.hidden(x.view(-1, 12 * 9))))
+
+    parts = {"one": nn.Conv2d(1, 8, 3, padding=1), "two": nn.Conv2d(8, 12, 3, padding=1)}
+    return Built(forward, **parts, hidden=nn.Linear(12 * 9, 40), head=nn.Linear(40, 3)), lambda n: torch.randn(
+        n, 1, 6, 6
+    )
+
+
+def shuffled():
+    """As ShuffleNet, whose halves are cut where half of the channels are."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        for unit in (self.one, self.two):
+            left, right = x.chunk(2, 1)
+            x = F.channel_shuffle(torch.cat([left, unit(right)], 1), 2)
+        return self.head(self.last(x).mean((2, 3)))
+
+    units = {name: nn.Sequential(block(8, 12), block(12, 8)) for name in ("one", "two")}
+    model = Built(forward, stem=block(3, 16, 3), **units, last=block(16, 24), head=nn.Linear(24, 4))
+    return model, lambda n: torch.randn(n, 3, 5, 5)
+
+
+@pytest.mark.parametrize("built", [fixed_view, shuffled])
+def test_units_whose_number_the_code_fixes_stay(built, monkeypatch):
+    monkeypatch.setitem(MODELS, "built", built)
+    model, batches, params = made("built")
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"out of reach(.|\n)*These stay:(.|\n)*with fewer channels the model's code"):
+        prune_and_compensate(model, batches, params, target_macs=0.01)
+    assert not before.differences()
+    whole = macs(model, batches[0])
+    prune_and_compensate(model, batches, params, target_macs=0.8)
+    assert macs(tpe.compact(model, batches[0]), batches[0]) <= 0.8 * whole
+
+
+def test_a_model_that_cannot_be_copied_is_pruned():
+    model, batches, params = made("mlp")
+    model.lock = threading.Lock()
+    prune_and_compensate(model, batches, params, target_macs=0.8)
+    assert any(prune.is_pruned(module) for module, _ in params)
 
 
 def test_units_that_are_given_choose_the_readers():

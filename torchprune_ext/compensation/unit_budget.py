@@ -20,7 +20,9 @@ from torchprune_ext.compensation.goals import Units, check_units, units_of
 from torchprune_ext.compensation.greedy import Part, eliminate, parts_of
 from torchprune_ext.compensation.shares import Price, Shares
 from torchprune_ext.compensation.solvers import Problem, refit
+from torchprune_ext.deploy.checking import fixed_widths
 from torchprune_ext.deploy.counting import macs_by_weight
+from torchprune_ext.deploy.cutting import Cut
 from torchprune_ext.global_pruning.budget import Budget
 from torchprune_ext.methods import GlobalPruning
 from torchprune_ext.patterns import Channel
@@ -142,6 +144,7 @@ def prune_to_limit(task: Task, limit: Limit, unit: Units | None) -> Fits:
     inputs = (inputs,) if is_leaf(inputs) else inputs
     with torch.autocast(device.type, enabled=False):  # which would multiply with copies of the weights
         kinds, others = _kinds(graph_of(task.model, inputs), task.targets, unit)
+        kinds = _cuttable(task.model, inputs, kinds, limit, others)
         shares = _shares(task.model, inputs, kinds, limit)
     _refuse_unreachable(shares, limit, others)
     kept = shares.most
@@ -211,7 +214,10 @@ def _kinds(groups: Sequence[Group], targets: Sequence[Target], unit: Units | Non
         if why is None and any(each.reader is None or not each.whole for each in group.readings):
             why = "they are read by a product that is not one with a whole weight"
         if why is None and missing:
-            why = f"{' and '.join(missing)} read{'s' * (len(missing) == 1)} them too. List that as well"
+            why = (
+                f"{' and '.join(missing)} read{'s' * (len(missing) == 1)} them too. List that as well, if it can be: "
+                "of a Linear, Conv1d or Conv2d, called once in a pass, and not tied"
+            )
         if why is not None:
             others.append(f"the {group.size} units of {', '.join(group.names[:3])}: {why}")
             continue
@@ -223,6 +229,21 @@ def _kinds(groups: Sequence[Group], targets: Sequence[Target], unit: Units | Non
             alive |= some.bool() if mask is None else some[member.indices].any(1)
         found.append(Kind(group, readers, alive))
     return found, others
+
+
+def _cuttable(model: nn.Module, inputs: Any, kinds: Sequence[Kind], limit: Limit, others: list[str]) -> list[Kind]:
+    """Return the kinds whose number the model's code does not fix, as by ``x.view(-1, 400)``; tell ``others`` why."""
+    cuts = []
+    for kind in kinds:
+        now, *fewer = limit.counts(kind)
+        if fewer:
+            gone = torch.zeros_like(kind.alive)
+            gone[kind.alive.nonzero().flatten()[: now - fewer[0]]] = True
+            cuts.append(Cut(kind.group, gone, torch.zeros_like(gone)))
+    with as_plain(model):
+        fixed = fixed_widths(model, cuts, inputs)
+    others += [f"the {each.size} units of {', '.join(each.names[:3])}: {why}" for each, why in fixed.items()]
+    return [kind for kind in kinds if kind.group not in fixed]
 
 
 def _check_unit(unit: Channel | None, member: Member) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprune_ext._batches import tree_map
 from torchprune_ext._checks import warn
-from torchprune_ext._graph import call, evaluating, outputs_in
+from torchprune_ext._graph import Group, call, evaluating, outputs_in
 from torchprune_ext.deploy.cutting import Cut, cut, fitting_inputs
 
 M = TypeVar("M", bound=nn.Module)
@@ -85,6 +85,48 @@ def without(plain: M, cuts: Sequence[Cut], inputs: Any) -> M:
             "does:\n  " + "\n  ".join([*stay, *wrong])
         )
     return small
+
+
+def fixed_widths(plain: nn.Module, cuts: Sequence[Cut], inputs: Any) -> dict[Group, str]:
+    """Return the groups that cannot be cut, and why: without these channels the model's code does not run as before.
+
+    Args:
+        plain: the model, without masks.
+        cuts: what may go, whatever it does now: only the shapes of the outputs are compared.
+        inputs: a batch.
+
+    Returns:
+        Why, by group; nothing for a model that cannot be copied, and so cannot be cut at all.
+    """
+    shapes = _shapes(plain, inputs)
+    try:
+        copy.deepcopy(plain)
+    except (RuntimeError, TypeError):
+        return {}
+
+    def fails(some: Sequence[Cut]) -> str | None:
+        small = copy.deepcopy(plain)
+        cut(small, some)
+        try:
+            with fitting_inputs(small):
+                found = _shapes(small, inputs)
+        except Exception as error:  # whatever the model raises
+            first = (str(error).splitlines() or [""])[0]
+            return f"with fewer channels the model's code raises {type(error).__name__}: {first}"
+        return None if found == shapes else "with fewer channels the model's code returns other shapes"
+
+    # Of two groups that must lose equally many, one of the following has one only.
+    bits = range(len(cuts).bit_length())
+    several = [list(cuts), *([each for place, each in enumerate(cuts) if place >> bit & 1] for bit in bits)]
+    if all(fails(some) is None for some in several if some):
+        return {}
+    why = {each.group: fails([each]) and fails([replace(each, widest=True)]) for each in cuts}
+    return {group: told for group, told in why.items() if told}
+
+
+def _shapes(model: nn.Module, inputs: Any) -> list[tuple[str, torch.Size]]:
+    with evaluating(model):
+        return [(name, tensor.shape) for name, tensor in outputs_in(call(model, inputs))]
 
 
 def _alone(plain: nn.Module, each: Cut, wanted: "_Outputs") -> Cut:

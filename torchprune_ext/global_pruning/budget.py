@@ -114,7 +114,7 @@ class Budget:
 
     def asked(self) -> str:
         """Return what was asked for, for errors."""
-        return ", ".join(f"{key}={value!r}" for key, value in self.arguments().items())
+        return ", ".join(f"{key}={'...' if value is ... else repr(value)}" for key, value in self.arguments().items())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
