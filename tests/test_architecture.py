@@ -108,11 +108,24 @@ ORDER = [
     "plots.drawing",
     "plots.weights",
     "plots.curves",
+    "integrations.pruning",
+    "integrations.lightning",
+    "integrations.transformers",
     "__main__",
 ]  # the map of CONTRIBUTING.md, from the ground up; a package's __init__ stands behind its last module
 # _host knows how a module stores masks; the others read the keys of state dicts and of files
 KNOW_THE_HOST = {"_host", "_obstacles", "_readers", "compensation.reference", "deploy.checkpoint", "deploy.slots"}
-HEAVY = ["matplotlib", "torchvision", "sklearn", "numpy.testing", "hypothesis", "tqdm", "torch._dynamo"]
+HEAVY = [
+    "matplotlib",
+    "torchvision",
+    "sklearn",
+    "numpy.testing",
+    "hypothesis",
+    "tqdm",
+    "torch._dynamo",
+    "lightning",
+    "transformers",
+]
 
 
 MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]

@@ -2,7 +2,8 @@
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -140,6 +141,55 @@ def load_pruned_state_dict(model: M, state_dict: Mapping[str, Any]) -> M:
                 tensor.copy_(value)
         raise
     return model
+
+
+def accept_pruned(model: nn.Module, before: Callable[[], object] | None = None) -> ExitStack:
+    """Let ``model.load_state_dict(...)`` take state dicts of pruned models as :func:`load_pruned_state_dict` does.
+
+    For trainers, which load by themselves. Torch decides about missing keys and the like, and what it has loaded before
+    it raises stays.
+
+    Args:
+        model: any module, pruned or not.
+        before: called each time before masks are installed.
+
+    Returns:
+        Ends it by ``close()``. A copy of the model, or a pickle, goes on to take masks.
+    """
+    check_module("model", model)
+    ended = ExitStack()
+    ended.callback(model._register_load_state_dict_pre_hook(_Adopt(before), with_module=True).remove)
+    ended.callback(model.register_load_state_dict_post_hook(_refresh_loaded).remove)
+    return ended
+
+
+class _Adopt:
+    """Hook before ``load_state_dict``: the masks of the state dict become the model's."""
+
+    def __init__(self, before: Callable[[], object] | None = None) -> None:
+        self._before = before
+
+    def __reduce__(self) -> tuple[type["_Adopt"], tuple[()]]:
+        """Be copied and pickled without what is called before, which is about the one model."""
+        return _Adopt, ()
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+        """Install masks, and bring the keys below ``prefix`` into the form that ``module`` has then."""
+        if self._before is not None:
+            self._before()
+        keys = [key for key in state_dict if key.startswith(prefix)]
+        values = OrderedDict((key.removeprefix(prefix), state_dict[key]) for key in keys)
+        masks = _masks(module, _slots(module), values)
+        with torch.inference_mode(False), all_or_nothing(module.modules()):
+            install(list({(t.module, t.name): (t, m, mask) for t, m, mask in masks}.values()))
+        for key in keys:
+            del state_dict[key]
+        state_dict.update((prefix + key, value) for key, value in values.items())
+
+
+def _refresh_loaded(module: nn.Module, incompatible: object) -> None:
+    """Hook after ``load_state_dict``: what is read without a forward is what was loaded."""
+    refresh(module)
 
 
 def _checked(state_dict: Mapping[str, Any]) -> "OrderedDict[str, Any]":

@@ -1,0 +1,1 @@
+"""Callbacks for the trainers people use; each module needs the library it is called after."""
