@@ -142,6 +142,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert state["stateful_callbacks"]["PruningCallback"]["attributes"]["steps"] == 12
 
 
+def test_a_head_that_is_tied_to_the_embedding_is_resumed_as_one(tmp_path):
+    def tied():
+        torch.manual_seed(0)
+        sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 24, "n_positions": 16}
+        return tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0))
+
+    whole, resumed = tied(), tied()
+    once = {"schedule": tpe.schedules.linear(1, 9, 2, final=0.5), "scope": "layer"}
+    trainer(tmp_path, whole, PruningCallback(**once), save_strategy="epoch").train()
+    run = trainer(tmp_path, resumed, PruningCallback(**once))
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    same(resumed, whole)
+    assert resumed.lm_head.weight_orig is resumed.transformer.wte.weight_orig
+    assert int((resumed.lm_head.weight == 0).sum()) == 16 * 24 // 2
+
+
 def test_a_checkpoint_is_resumed_with_the_callback_or_not_at_all(tmp_path):
     trainer(tmp_path, made(), PruningCallback(SCHEDULE, linears_of), save_strategy="epoch").train()
     last = str(tmp_path / "checkpoint-8")

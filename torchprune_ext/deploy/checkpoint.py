@@ -179,12 +179,26 @@ class _Adopt:
             self._before()
         keys = [key for key in state_dict if key.startswith(prefix)]
         values = OrderedDict((key.removeprefix(prefix), state_dict[key]) for key in keys)
-        masks = _masks(module, _slots(module), values)
+        slots = _slots(module)
+        _fill_tied(slots, values)
+        masks = _masks(module, slots, values)
         with torch.inference_mode(False), all_or_nothing(module.modules()):
             install(list({(t.module, t.name): (t, m, mask) for t, m, mask in masks}.values()))
         for key in keys:
             del state_dict[key]
         state_dict.update((prefix + key, value) for key, value in values.items())
+
+
+def _fill_tied(slots: dict[str, Target], values: "OrderedDict[str, Any]") -> None:
+    """Give all places of a pruned tied tensor its keys, where the file of a trainer has them under one name only."""
+    pruned_as: dict[int, tuple[str, str]] = {}
+    for stem, target in slots.items():
+        if values.keys() >= set(stored_keys(stem)):
+            pruned_as.setdefault(id(target.parameter), stored_keys(stem))
+    for stem, target in slots.items():
+        if id(target.parameter) in pruned_as and values.keys().isdisjoint({stem, *stored_keys(stem)}):
+            for own, other in zip(stored_keys(stem), pruned_as[id(target.parameter)], strict=True):
+                values[own] = values[other]
 
 
 def _refresh_loaded(module: nn.Module, incompatible: object) -> None:

@@ -44,8 +44,8 @@ class PruningCallback(Pruning, TrainerCallback, ExportableState):
     Args:
         schedule: which sparsity each step shall have, of :mod:`torchprune_ext.schedules`.
         params: ``(module, name)`` pairs, or a function of the model that returns them, such as one that calls
-            :func:`.prunable_parameters`, which is the default. A head that is tied to the embedding is pruned as one
-            with it; ``save_pretrained`` refuses such a model, so leave tied tensors out with ``tied=False``.
+            :func:`.prunable_parameters`, which is the default. It prunes a head that is tied to the embedding as one
+            with it, unless called with ``tied=False``.
         criterion: what is ranked, as for :class:`.GradualPruner`, and so are the other arguments. ``"gradient"`` reads
             the gradients of the step, all accumulated and clipped.
         unit: what lives or dies together.
