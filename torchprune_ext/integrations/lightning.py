@@ -84,7 +84,8 @@ class PruningCallback(Pruning, _Callback):
     callback is in the ``Trainer``. Without it, use ``tpe.load_pruned_state_dict(model, checkpoint["state_dict"])``. A
     checkpoint that was chosen by a metric may be from before the end of the schedule, and less sparse.
 
-    The module stays pruned in the end; :func:`.remove_all` makes that permanent.
+    The module stays pruned in the end; :func:`.remove_all` makes that permanent. A second ``fit`` with the same
+    callback goes on in the schedule.
 
     Args:
         schedule: which sparsity each step shall have, of :mod:`torchprune_ext.schedules`.
@@ -104,7 +105,7 @@ class PruningCallback(Pruning, _Callback):
         >>> import torchprune_ext as tpe
         >>> from torchprune_ext.integrations.lightning import PruningCallback
         >>> PruningCallback(tpe.schedules.cubic(start=0, end=100, every=10, final=0.9), unit=tpe.NM(2, 4))
-        PruningCallback(cubic(start=0, end=100, every=10, final=0.9))
+        PruningCallback(cubic(start=0, end=100, every=10, initial=0.0, final=0.9))
     """
 
     _seen = 0
@@ -155,7 +156,7 @@ class LotteryTicketCallback(_Callback):
     ``CosineAnnealingWarmRestarts(optimizer, T_0=every_n_epochs)`` by epochs.
 
     Checkpoints hold masks, the remembered values and the number of rounds; they resume as with
-    :class:`PruningCallback`.
+    :class:`PruningCallback`. Make one callback for each training.
 
     Args:
         amount: fraction of the units left that each round prunes, in [0, 1); 0.2 is the authors' rate.

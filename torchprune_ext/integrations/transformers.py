@@ -62,7 +62,7 @@ class PruningCallback(Pruning, TrainerCallback, ExportableState):
         >>> import torchprune_ext as tpe
         >>> from torchprune_ext.integrations.transformers import PruningCallback
         >>> PruningCallback(tpe.schedules.linear(start=0, end=100, every=10, final=0.5), criterion="gradient")
-        PruningCallback(linear(start=0, end=100, every=10, final=0.5))
+        PruningCallback(linear(start=0, end=100, every=10, initial=0.0, final=0.5))
     """
 
     _accepting: ExitStack | None = None
