@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +225,10 @@ def test_bad_arguments(tmp_path):
     callback = PruningCallback(SCHEDULE)
     with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint=True makes callbacks anew"):
         trainer(tmp_path, made(), callback, restore_callback_states_from_checkpoint=True)
+    for name in ("deepspeed", "fsdp"):
+        sharding = SimpleNamespace(**({"deepspeed": None, "fsdp": ""} | {name: "yes"}))
+        with pytest.raises(ValueError, match=f"{name} of TrainingArguments shards parameters"):
+            callback.on_train_begin(sharding, tf.TrainerState(), None, model=made())
     two = [PruningCallback(SCHEDULE, linears_of), PruningCallback(SCHEDULE, linears_of)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,6 +7,7 @@ import pickle
 import socket
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -394,6 +395,9 @@ def test_two_processes_get_the_same_masks(tmp_path):
 
 def test_processes_that_would_lose_what_is_pruned_are_refused(tmp_path):
     callback, made = PruningCallback(SCHEDULE), trainer(tmp_path, devices=2, strategy="ddp_spawn")
+    sharding = SimpleNamespace(strategy=SimpleNamespace(restore_checkpoint_after_setup=True))
+    with pytest.raises(ValueError, match="shards parameters"):
+        callback.setup(sharding, Small(), "fit")
     with pytest.raises(ValueError, match="spawned or forked"):
         callback.setup(made, Small(), "fit")
 
