@@ -222,7 +222,6 @@ KEY = (LAYER, "weight")
         ({"params": LAYER}, TypeError, "params is a Linear"),
         ({"params": [KEY, (LAYER, "wait")], "amounts": {KEY: 0.5}}, ValueError, r"params\[1\]"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("call", [tpe.prune_to, tpe.plan], ids=lambda call: call.__name__)
 def test_refusals_leave_no_trace(call, bad, error, words):

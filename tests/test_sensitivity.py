@@ -184,7 +184,6 @@ def test_a_progress_bar_shows_the_time_left(capsys):
         ({"criterion": "taylor"}, ValueError, "'taylor'"),
         ({"unit": tpe.Kernel()}, ValueError, r"params\[2\].*no kernels"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_refusals_leave_no_trace(bad, error, words):
     model = network()
