@@ -375,12 +375,12 @@ def fit_in_process(rank, port, path):
     torch.save(model.state_dict(), path / f"rank{rank}.pt")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs fork and gloo")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs gloo")
 def test_two_processes_get_the_same_masks(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    workers = [mp.get_context("fork").Process(target=fit_in_process, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    workers = [mp.get_context("spawn").Process(target=fit_in_process, args=(rank, port, tmp_path)) for rank in (0, 1)]
     for worker in workers:
         worker.start()
     for worker in workers:
