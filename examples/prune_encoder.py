@@ -153,14 +153,17 @@ def rows(model: nn.Module, calibration: list[Batch], test: list[Batch], only: st
             yield f"{name}, {label}", f"{cosine:>9.4f}{same:>11.3f}{taken:>10.0f} s", found
 
 
-def main() -> None:
-    """Print the table and what changed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or folder of a BERT-like encoder")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="only the ways whose name has this in it")
-    parser.add_argument("--held-out", action="store_true", help="compare on other sentences than the reported ones")
-    options = parser.parse_args()
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that say which encoder, which sentences, and how many threads."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--model", help="name or folder of a BERT-like encoder")
+    found.add_argument("--threads", type=int, default=2)
+    found.add_argument("--held-out", action="store_true", help="compare on other sentences than the reported ones")
+    return found
+
+
+def load(options: argparse.Namespace) -> tuple[nn.Module, Any, list[Any], list[str]]:
+    """Return the encoder, its tokenizer, batches to calibrate on, and sentences to compare on, the shortest first."""
     torch.set_num_threads(options.threads)
     try:
         from transformers import AutoModel, AutoTokenizer
@@ -176,8 +179,18 @@ def main() -> None:
         return len(tokenizer(text)["input_ids"])
 
     told = sorted(texts[place : place + REPORTED], key=length)
-    calibration, test = batches(sorted(texts[:CALIBRATION], key=length), tokenizer), batches(told, tokenizer)
+    calibration = batches(sorted(texts[:CALIBRATION], key=length), tokenizer)
     print(f"{len(texts):,} sentences, {CALIBRATION} to calibrate on, {len(told):,} to compare\n")
+    return model, tokenizer, calibration, told
+
+
+def main() -> None:
+    """Print the table and what changed."""
+    known = parser(__doc__)
+    known.add_argument("--only", default="", help="only the ways whose name has this in it")
+    options = known.parse_args()
+    model, tokenizer, calibration, told = load(options)
+    test = batches(told, tokenizer)
     print(f"{'':<36}{'cosine':>9}{'neighbour':>11}{'pruning':>12}")
     last = None
     for name, cells, found in rows(model, calibration, test, options.only):

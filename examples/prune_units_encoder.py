@@ -11,14 +11,12 @@ dense one: parameters, MACs, latency of 8 short sentences.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
 from typing import Any
 
-import torch
-from prune_encoder import CALIBRATION, REPORTED, batches, counted, default_model, embed, neighbours, sentences
+from prune_encoder import batches, counted, embed, load, neighbours, parser
 from torch import nn
 
 import torchprune_ext as tpe
@@ -63,31 +61,13 @@ def pruned(dense: nn.Module, data: list[Any], way: str, criterion: str) -> tuple
 
 def main() -> None:
     """Print a row for each way, and what is gained when the dead units are cut."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or folder of a BERT-like encoder")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--criteria", action="store_true", help="by all criteria, not by the default only")
-    parser.add_argument("--held-out", action="store_true", help="compare on other sentences than the reported ones")
-    parser.add_argument("--compact", action="store_true", help="cut what is dead, and measure what that gains")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    try:
-        from transformers import AutoModel, AutoTokenizer
-    except ImportError as error:
-        raise ImportError("transformers is not installed: pip install 'torchprune-ext[encoder]'") from error
-
-    folder = options.model or default_model()
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    texts = sentences()
-    place = CALIBRATION + (REPORTED if options.held_out else 0)
-
-    def by_length(texts: list[str]) -> list[str]:
-        return sorted(texts, key=lambda text: len(tokenizer(text)["input_ids"]))
-
-    told = by_length(texts[place : place + REPORTED])
-    calibration, test = batches(by_length(texts[:CALIBRATION]), tokenizer), batches(told, tokenizer)
+    known = parser(__doc__)
+    known.add_argument("--criteria", action="store_true", help="by all criteria, not by the default only")
+    known.add_argument("--compact", action="store_true", help="cut what is dead, and measure what that gains")
+    options = known.parse_args()
+    model, tokenizer, calibration, told = load(options)
+    test = batches(told, tokenizer)
     dense = embed(model, test)
-    print(f"{len(texts):,} sentences, {CALIBRATION} to calibrate on, {len(told):,} to compare\n")
     print(f"{'':<56}{'cosine':>8}{'neighbour':>11}{'pruning':>10}")
     small = {"dense": model}
     for way in WAYS:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils import _pytree as pytree
 
@@ -59,6 +59,12 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(inputs)
     plain = not isinstance(inputs, (tuple, list)) or is_leaf(inputs)
     return (inputs,) if plain else tuple(inputs), {}
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Return what ``model`` makes of a tensor, a tuple of positional or a mapping of keyword arguments."""
+    given, keywords = arguments(inputs)
+    return model(*given, **keywords)
 
 
 def _flat(tree: Any) -> tuple[list[Any], Any]:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from torchprune_ext._batches import call
 from torchprune_ext._checks import check_module
 from torchprune_ext._runs import left_as_it_was, refuse_lazy
 from torchprune_ext._tracing import Trace
@@ -92,13 +93,6 @@ class Group:
         given = [each for each in self.members if not each.reads]
         large = [each.name for each in given if getattr(each.module, each.param).dim() > 1]
         return large or [each.name for each in given or self.members]
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Return what ``model`` makes of a tensor, a tuple of positional or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def outputs_in(tree: Any, where: str = "output") -> Iterator[tuple[str, Tensor]]:

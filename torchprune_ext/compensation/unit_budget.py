@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprune_ext._batches import Batch, is_leaf
+from torchprune_ext._batches import Batch, call
 from torchprune_ext._checks import check_amount, check_fraction, check_whole, errors_about
-from torchprune_ext._graph import Group, Member, call, evaluating, graph_of
+from torchprune_ext._graph import Group, Member, evaluating, graph_of
 from torchprune_ext._host import Target, as_plain
 from torchprune_ext._layers import Layer
 from torchprune_ext._statistics import Key
@@ -141,7 +141,6 @@ def prune_to_limit(task: Task, limit: Limit, unit: Units | None) -> Fits:
     """
     device = task.targets[0].parameter.device
     inputs = Batch(task.batches[0], task.options, device).inputs
-    inputs = (inputs,) if is_leaf(inputs) else inputs
     with torch.autocast(device.type, enabled=False):  # which would multiply with copies of the weights
         kinds, others = _kinds(graph_of(task.model, inputs), task.targets, unit)
         kinds = _cuttable(task.model, inputs, kinds, limit, others)

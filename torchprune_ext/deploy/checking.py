@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchprune_ext._batches import tree_map
+from torchprune_ext._batches import call, tree_map
 from torchprune_ext._checks import warn
-from torchprune_ext._graph import Group, call, evaluating, outputs_in
+from torchprune_ext._graph import Group, evaluating, outputs_in
 from torchprune_ext.deploy.cutting import Cut, cut, fitting_inputs
 
 M = TypeVar("M", bound=nn.Module)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from torchprune_ext._batches import arguments, tree_map
+from torchprune_ext._batches import call, tree_map
 from torchprune_ext._checks import check_module, check_whole, errors_about
 from torchprune_ext._restoring import contents_of, restore
 from torchprune_ext._runs import Written, refuse_lazy
+from torchprune_ext._tables import table
 from torchprune_ext.deploy.counting import count_bytes, count_macs, count_parameters
 from torchprune_ext.deploy.timing import medians
 
@@ -87,17 +88,10 @@ class Comparison:
             shares = self.ratios(row)
             cells = [(_cell(row, name), _share(shares[name])) for name in names]
             lines.append([row.name, *(cell for pair in cells for cell in pair)])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-            for line in lines
-        ]
-        return "\n".join(
-            [
-                *(line.rstrip() for line in table),
-                f"latency: median ± interquartile range of {self.rounds} rounds, {self.threads} "
-                f"thread{'s' * (self.threads != 1)}; percent: of {self.rows[0].name}",
-            ]
+        return (
+            f"{table(lines[0], lines[1:])}\n"
+            f"latency: median ± interquartile range of {self.rounds} rounds, {self.threads} "
+            f"thread{'s' * (self.threads != 1)}; percent: of {self.rows[0].name}"
         )
 
 
@@ -194,8 +188,7 @@ def _call(model: nn.Module, inputs: Any) -> Callable[[], object]:
         inputs,
         lambda leaf: leaf.to(device) if isinstance(leaf, PackedSequence) else leaf,  # type: ignore[arg-type]
     )
-    given, keywords = arguments(copied)
-    return partial(model, *given, **keywords)
+    return partial(call, model, copied)
 
 
 def _evaluated(name: str, model: nn.Module, evaluate: Evaluate) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from torchprune_ext._batches import is_leaf
+from torchprune_ext._batches import call
 from torchprune_ext._checks import check_module
 from torchprune_ext._host import outside_of_inference
 from torchprune_ext._runs import left_as_it_was, refuse_lazy
@@ -190,12 +190,7 @@ def _uses(model: nn.Module, layers: Iterable[nn.Linear], example_inputs: Any) ->
                 vars(layer)["_use"] = use
                 layer.__class__ = _Noted
             model.eval()
-            if isinstance(example_inputs, Mapping):
-                model(**example_inputs)
-            elif isinstance(example_inputs, (tuple, list)) and not is_leaf(example_inputs):
-                model(*example_inputs)
-            else:
-                model(example_inputs)
+            call(model, example_inputs)
         finally:
             for layer in uses:
                 layer.__class__ = nn.Linear

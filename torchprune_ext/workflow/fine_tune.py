@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprune_ext._batches import Batch, arguments
+from torchprune_ext._batches import Batch, call
 from torchprune_ext._checks import check_fraction, check_module, check_whole, number_from
 from torchprune_ext._host import Target, kept_zeros, pruned, targets_in, warn_of_zeros
 from torchprune_ext._loading import read
@@ -201,12 +201,12 @@ def _loss(
 ) -> Tensor:
     """Return the loss of ``batch``, with the part of the teacher."""
     targets = batch.targets  # refuses a batch without
-    output = _output(model, batch)
+    output = call(model, batch.inputs)
     loss = check_depends(check_loss(loss_fn(output, targets)))
     if teacher is None:
         return loss
     with torch.no_grad():
-        wanted = _logits(_output(teacher, batch), "teacher")
+        wanted = _logits(call(teacher, batch.inputs), "teacher")
     apart = _divergence(_logits(output, "model"), wanted, temperature)
     return check_loss((1 - distill) * loss + distill * temperature**2 * apart)
 
@@ -309,11 +309,6 @@ def _modes(model: nn.Module | None) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-def _output(model: nn.Module, batch: Batch) -> Any:
-    given, keywords = arguments(batch.inputs)
-    return model(*given, **keywords)
 
 
 def _logits(output: Any, who: str) -> Tensor:
