@@ -220,6 +220,8 @@ def test_a_best_model_of_another_sparsity_is_refused(tmp_path):
 def test_bad_arguments(tmp_path):
     with pytest.raises(TypeError, match=r"schedule=0\.5 is a float"):
         PruningCallback(0.5)
+    with pytest.raises(TypeError, match="global_nm_structured"):
+        PruningCallback(SCHEDULE, unit=tpe.NM(2, 4))
     with pytest.raises(RuntimeError, match="no pruner yet"):
         _ = PruningCallback(SCHEDULE).pruner
     callback = PruningCallback(SCHEDULE)

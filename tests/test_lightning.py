@@ -348,6 +348,8 @@ def test_a_resumed_ticket_is_the_uninterrupted_one(tmp_path, when):
 def test_bad_arguments(tmp_path):
     with pytest.raises(TypeError, match=r"schedule=0\.5 is a float"):
         PruningCallback(0.5)
+    with pytest.raises(TypeError, match="global_nm_structured"):
+        PruningCallback(SCHEDULE, unit=tpe.NM(2, 4))
     with pytest.raises(ValueError, match="amount=1"):
         LotteryTicketCallback(1)
     with pytest.raises(ValueError, match="every_n_epochs=0"):

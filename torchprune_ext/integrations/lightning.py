@@ -97,14 +97,14 @@ class PruningCallback(Pruning, _Callback):
         min_keep: how much of each tensor stays at least.
 
     Raises:
-        TypeError: ``schedule`` is not a schedule.
+        TypeError: ``schedule`` is not a schedule, or ``unit`` not a unit.
         ValueError: when training begins: a strategy that shards parameters, or that trains in spawned or forked
             processes, or as :class:`.GradualPruner`.
 
     Example:
         >>> import torchprune_ext as tpe
         >>> from torchprune_ext.integrations.lightning import PruningCallback
-        >>> PruningCallback(tpe.schedules.cubic(start=0, end=100, every=10, final=0.9), unit=tpe.NM(2, 4))
+        >>> PruningCallback(tpe.schedules.cubic(start=0, end=100, every=10, final=0.9), unit=tpe.Block(4))
         PruningCallback(cubic(start=0, end=100, every=10, initial=0.0, final=0.9))
     """
 

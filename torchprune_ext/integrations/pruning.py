@@ -11,7 +11,7 @@ from torchprune_ext.global_pruning.budget import Params
 from torchprune_ext.patterns import Unit
 from torchprune_ext.schedules import Schedule
 from torchprune_ext.workflow.gradual import Gradual, GradualPruner
-from torchprune_ext.workflow.targets import Scope
+from torchprune_ext.workflow.targets import Scope, check_unit
 
 Found = Params | Callable[[nn.Module], Params] | None
 
@@ -41,6 +41,7 @@ class Pruning:
                 f"schedule={schedule!r} is a {type(schedule).__name__}. Pass one of torchprune_ext.schedules, e.g. "
                 "cubic(start=0, end=1000, every=100, final=0.9), or one_shot(step=0, sparsity=0.9)."
             )
+        check_unit(unit)
         self.schedule = schedule
         self._params, self._rest = params, {"criterion": criterion, "unit": unit, "scope": scope, "min_keep": min_keep}
         self._pruner: GradualPruner | None = None

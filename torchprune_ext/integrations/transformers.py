@@ -53,7 +53,7 @@ class PruningCallback(Pruning, TrainerCallback, ExportableState):
         min_keep: how much of each tensor stays at least.
 
     Raises:
-        TypeError: ``schedule`` is not a schedule.
+        TypeError: ``schedule`` is not a schedule, or ``unit`` not a unit.
         ValueError: when training begins: DeepSpeed or FSDP; ``restore_callback_states_from_checkpoint``, which would
             make the callback anew; ``load_best_model_at_end`` with a schedule that is not at its end; a checkpoint
             whose masks were not loaded; or as :class:`.GradualPruner`.
