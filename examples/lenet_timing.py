@@ -4,7 +4,8 @@
 
 After training, from the dense network: once and then 5 epochs; gradually over the same 5 epochs; with amounts chosen
 by a sensitivity scan; and re-fitted before the epochs. All but the first have the dense network as their teacher. From
-scratch: a lottery ticket of 5 rounds, and criteria for before training. Accuracy in percent of the test images, mean
+scratch: a lottery ticket of 5 rounds, masks that move while training (RigL and SET), and criteria for before training.
+Accuracy in percent of the test images, mean
 and spread of the seeds. The learning rate of each way is the one with the best accuracy on training digits that are not
 trained on; the test images choose nothing. Without ``--mnist`` and ``--checkpoint`` it takes scikit-learn's digits.
 """
@@ -31,6 +32,7 @@ from torchprune_ext import calibration
 BATCH, HELD_OUT, CALIBRATION = 32, 0.15, 2_000
 EPOCHS, SCRATCH_EPOCHS, ROUNDS, ROUND_EPOCHS = 5, 15, 5, 5
 RATES = (0.01, 0.03)
+EVERY = 100  # steps from one move of the masks to the next
 SHIFT = 2  # pixels, at most, that training images are moved by
 SPARSITIES = (0.7387, 0.90)  # the first is what the chapter's amounts leave of all parameters
 
@@ -95,15 +97,15 @@ def tune(
     seed: int,
     rate: float,
     epochs: int = EPOCHS,
-    schedule: tpe.schedules.Schedule | None = None,
+    pruned_by: Callable[[nn.Module, torch.optim.Optimizer], object] | None = None,
     *,
     taught: bool = True,
 ) -> None:
-    """Train in place, with a learning rate that falls to nothing; prune by ``schedule`` meanwhile."""
+    """Train in place, with a learning rate that falls to nothing; what ``pruned_by`` returns prunes meanwhile."""
     loader = Shuffled(task.train, seed)
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, epochs * len(loader))
-    pruner = None if schedule is None else tpe.GradualPruner(model, weights(model), schedule)
+    pruner = None if pruned_by is None else pruned_by(model, optimizer)
     teacher = task.dense if taught else None
     tpe.fine_tune(model, loader, F.cross_entropy, optimizer, epochs, Both(pruner, decay), teacher, progress=False)
 
@@ -132,7 +134,7 @@ def gradual(task: Task, sparsity: float, seed: int, rate: float) -> LeNet:
     model, _ = task.copy()
     steps = len(Shuffled(task.train, seed))
     schedule = tpe.schedules.cubic(0, 3 * steps, steps // 10, initial=sparsity / 2, final=sparsity)
-    tune(model, task, seed, rate, schedule=schedule)
+    tune(model, task, seed, rate, EPOCHS, lambda model, _: tpe.GradualPruner(model, weights(model), schedule))
     return model
 
 
@@ -208,6 +210,25 @@ def before(score: Callable[[nn.Module, Task, float, int], Scores]) -> Way:
     return way
 
 
+def moving(growth: str) -> Way:
+    """Return the way that trains a new network under masks that move, of shares as RigL's authors advise."""
+
+    def way(task: Task, sparsity: float, seed: int, rate: float) -> LeNet:
+        model = new_network(seed)
+        end = round(0.75 * SCRATCH_EPOCHS * len(Shuffled(task.train, seed)))
+        amounts = tpe.allocation.erk(weights(model), sparsity)
+
+        def pruner(model: nn.Module, optimizer: torch.optim.Optimizer) -> object:
+            return tpe.DynamicSparse(
+                model, weights(model), amounts, growth, every=EVERY, end=end, optimizer=optimizer, seed=seed
+            )
+
+        tune(model, task, seed, rate, SCRATCH_EPOCHS, pruner, taught=False)
+        return model
+
+    return way
+
+
 AFTER = {
     "once, then 5 epochs, no teacher": untaught,
     "once, then 5 epochs": one_shot,
@@ -217,6 +238,8 @@ AFTER = {
 }
 FROM_SCRATCH = {
     "lottery ticket, 5 rounds": ticket,
+    "RigL": moving("gradient"),
+    "SET": moving("random"),
     "SNIP before training": before(snip),
     "SynFlow before training": before(synflow),
     "random before training": before(random),
@@ -226,6 +249,11 @@ FROM_SCRATCH = {
 # --- the table ---------------------------------------------------------------------------------------
 
 
+def counted(mask: Tensor) -> tuple[int, int]:
+    """Return how many entries of ``mask`` are 0, and how many there are."""
+    return int((mask == 0).sum()), mask.numel()
+
+
 def measured(task: Task, way: Way, sparsity: float, seeds: int) -> str:
     """Return what ``way`` has reached with the learning rate that the held-out digits like best."""
     start = time.perf_counter()
@@ -233,10 +261,10 @@ def measured(task: Task, way: Way, sparsity: float, seeds: int) -> str:
     rate = max(RATES, key=lambda rate: accuracy(first[rate], task.held_out))
     models = [first[rate], *(way(task, sparsity, seed, rate) for seed in range(1, seeds))]
     for model in models:
-        gone = sum(int((getattr(module, name) == 0).sum()) for module, name in weights(model))
-        total = sum(getattr(module, name).numel() for module, name in weights(model))
+        masks = [getattr(module, f"{name}_mask") for module, name in weights(model)]
+        gone, total = (sum(int(count) for count in counts) for counts in zip(*map(counted, masks), strict=True))
         if gone != round(sparsity * total):
-            raise RuntimeError(f"{gone} of {total} weights are zero, not {sparsity:.2%}")
+            raise RuntimeError(f"{gone} of {total} weights are pruned, not {sparsity:.2%}")
     found = [accuracy(model, task.test) for model in models]
     spread = statistics.stdev(found) if len(found) > 1 else 0.0
     return f"{statistics.mean(found):.2f} +- {spread:.2f} ({rate:g}, {time.perf_counter() - start:.0f} s)"

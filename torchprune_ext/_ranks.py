@@ -44,8 +44,12 @@ class Ranks:
 
     def agree(self, what: str, text: str) -> None:
         """Raise ``RuntimeError`` on all ranks unless all pass the same ``text``, which tells ``what``."""
-        if len(set(self.counts(crc32(text.encode())))) > 1:
+        if not self.alike(crc32(text.encode())):
             raise RuntimeError(f"{what} differ between ranks; here: {text}. Call all ranks alike. Nothing is pruned.")
+
+    def alike(self, number: int) -> bool:
+        """Return whether all ranks pass the same ``number``."""
+        return self.size == 1 or len(set(self.counts(number))) == 1
 
     def counts(self, count: int) -> list[int]:
         """Return the ``count`` of every rank, in rank order."""

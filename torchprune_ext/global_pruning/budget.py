@@ -252,7 +252,7 @@ def masks_of(
             for each, mask in spread(listed.target, part, cut)
             for target in (listed.everywhere() if each is listed.target else (each,))
         ]
-    if reduce and len(set(ranks.counts(digest(mask for _, _, mask, _ in masks)))) > 1:
+    if reduce and not ranks.alike(digest(mask for _, _, mask, _ in masks)):
         raise RuntimeError("reduce='mean': the masks differ between ranks, so weights or earlier masks do. Sync them.")
     return masks
 

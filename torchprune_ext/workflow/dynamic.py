@@ -280,7 +280,7 @@ class DynamicSparse:
 
     def _check_same(self, masks: Iterable[Tensor]) -> None:
         """Raise ``RuntimeError`` on all ranks unless their masks are the same."""
-        if self._ranks.size > 1 and len(set(self._ranks.counts(digest(masks)))) > 1:
+        if self._ranks.size > 1 and not self._ranks.alike(digest(masks)):
             raise RuntimeError(
                 "DynamicSparse: the masks would differ between ranks, so weights, earlier masks or the states of "
                 "optimizers do. Train replicas, as DistributedDataParallel does, or pass the process_group of those "

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchprune_ext._checks import check_module, errors_about
 from torchprune_ext._host import Target
-from torchprune_ext.global_pruning.budget import Listed, Params, PerParameter, groups_of, refuse_empty
+from torchprune_ext._ranks import Ranks
+from torchprune_ext.global_pruning.budget import Listed, Params, PerParameter, digest, groups_of, refuse_empty
 from torchprune_ext.methods import GlobalPruning
 from torchprune_ext.patterns import Unit
 from torchprune_ext.schedules import Schedule
@@ -43,7 +45,8 @@ class GradualPruner:
     - *AMP*: a step that ``GradScaler`` skips is none. Its gradients are not finite, so ``criterion="gradient"`` refuses
       them: call :meth:`step` only if ``scaler.update()`` has not made ``scaler.get_scale()`` smaller.
     - *Many processes*: each calls :meth:`step`. Replicas hold the same weights and the same reduced gradients, so they
-      get the same masks.
+      get the same masks; scores of a rank's own data would not, and are refused: average them, as the functions of
+      :mod:`torchprune_ext.calibration` do with ``process_group=``.
 
     To resume, make everything as at the beginning, then load in this order::
 
@@ -64,6 +67,8 @@ class GradualPruner:
         scope: where a sparsity of all units is taken from, as for :func:`.prune_to`; a mapping says in which
             proportion.
         min_keep: how much of each tensor stays at least, as for :func:`.prune_to`.
+        process_group: ``torch.distributed`` group of the ranks that train replicas, which must get the same masks. None
+            is all ranks where ``torch.distributed`` is initialized, and this process alone where it is not.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -101,6 +106,7 @@ class GradualPruner:
         *,
         scope: Scope = "global",
         min_keep: float = 1,
+        process_group: Any = None,
     ) -> None:
         check_module("model", model)
         if not isinstance(schedule, Schedule):
@@ -127,6 +133,9 @@ class GradualPruner:
         self.model, self.schedule = model, schedule
         self._params, self._criterion, self._unit = params, criterion, unit
         self._scope, self._min_keep = scope, min_keep
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            process_group = dist.group.WORLD
+        self._ranks = Ranks(process_group)
         self._steps = 0
         # how many go does not depend on the scores, which may not be there yet
         counted: Criterion = criterion if isinstance(criterion, Mapping) else "magnitude"
@@ -159,6 +168,7 @@ class GradualPruner:
         Raises:
             ValueError: a weight, gradient or score is not finite, or is missing; or more is pruned than the schedule
                 says, by other calls. The step does not count then, and nothing is pruned.
+            RuntimeError: the masks would differ between ranks, or another rank refused; the same holds.
         """
         if self._steps == 0 or self.schedule.is_update(self._steps):
             self._reach(self.schedule(self._steps))
@@ -228,15 +238,15 @@ class GradualPruner:
         total, dead = self._count()
         if dead == round(target * total) or (dead > target * total and not self.schedule.is_update(self._steps)):
             return  # before the first update, what was pruned elsewhere may be more
-        masks = masks_to(
-            "GradualPruner",
-            self._params,
-            target,
-            self._scores(),
-            self._unit,
-            scope=self._scope,
-            min_keep=self._min_keep,
-        )
+        with self._ranks.together():
+            rest: Any = {"scope": self._scope, "min_keep": self._min_keep}
+            masks = masks_to("GradualPruner", self._params, target, self._scores(), self._unit, **rest)
+        if self._ranks.size > 1 and not self._ranks.alike(digest(mask for _, _, mask in masks)):
+            raise RuntimeError(
+                "GradualPruner: the masks would differ between ranks, so weights, earlier masks or scores do. Train "
+                "replicas, average scores over the ranks (calibration.taylor(..., process_group=group)), or pass the "
+                "process_group of those that are replicas. Nothing is pruned."
+            )
         write_masks(masks, self._entry)
 
     def _scores(self) -> Criterion:
