@@ -105,6 +105,9 @@ ORDER = [
     "workflow.dense_gradients",
     "workflow.regrowth",
     "workflow.dynamic",
+    "reporting.structure",
+    "reporting.values",
+    "reporting.reading",
     "plots.drawing",
     "plots.weights",
     "plots.curves",
@@ -117,6 +120,7 @@ ORDER = [
 KNOW_THE_HOST = {"_host", "_obstacles", "_readers", "compensation.reference", "deploy.checkpoint", "deploy.slots"}
 HEAVY = [
     "matplotlib",
+    "pandas",
     "torchvision",
     "sklearn",
     "numpy.testing",

@@ -59,6 +59,7 @@ from torchprune_ext.methods import (
 )
 from torchprune_ext.patterns import NM, Block, Channel, Kernel, Vector
 from torchprune_ext.penalties import bn_l1_penalty
+from torchprune_ext.reporting import Report, report
 from torchprune_ext.workflow import allocation
 from torchprune_ext.workflow.dynamic import DynamicSparse
 from torchprune_ext.workflow.fine_tune import fine_tune
@@ -89,6 +90,7 @@ __all__ = [
     "LotteryTicket",
     "NMStructured",
     "OBDSaliency",
+    "Report",
     "SemiStructuredLinear",
     "SoftFilterPruner",
     "Threshold",
@@ -144,6 +146,7 @@ __all__ = [
     "refresh",
     "remove",
     "remove_all",
+    "report",
     "save_compact",
     "save_sparse",
     "schedules",

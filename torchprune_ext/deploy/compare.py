@@ -16,7 +16,7 @@ from torchprune_ext._batches import call, tree_map
 from torchprune_ext._checks import check_module, check_whole, errors_about
 from torchprune_ext._restoring import contents_of, restore
 from torchprune_ext._runs import Written, refuse_lazy
-from torchprune_ext._tables import table
+from torchprune_ext._tables import html, quantity, significant, table
 from torchprune_ext.deploy.counting import count_bytes, count_macs, count_parameters
 from torchprune_ext.deploy.timing import medians
 
@@ -82,14 +82,27 @@ class Comparison:
 
     def __str__(self) -> str:
         """Return the table, with ratios to the first model in percent."""
+        heads, *rows = self._lines()
+        return f"{table(heads, rows)}\n{self._note()}"
+
+    def _repr_html_(self) -> str:
+        """Return the table for notebooks."""
+        heads, *rows = self._lines()
+        return html(heads, rows, [self._note()], words=[0])
+
+    def _lines(self) -> list[list[str]]:
+        """Return the heads of the table and its rows."""
         names = list(self.rows[0].values())
         lines = [["", *(cell for name in names for cell in (HEADS.get(name, name), ""))]]
         for row in self.rows:
             shares = self.ratios(row)
             cells = [(_cell(row, name), _share(shares[name])) for name in names]
             lines.append([row.name, *(cell for pair in cells for cell in pair)])
+        return lines
+
+    def _note(self) -> str:
+        """Return the line below the table."""
         return (
-            f"{table(lines[0], lines[1:])}\n"
             f"latency: median ± interquartile range of {self.rounds} rounds, {self.threads} "
             f"thread{'s' * (self.threads != 1)}; percent: of {self.rows[0].name}"
         )
@@ -144,12 +157,12 @@ def compare(
     check_whole("rounds", rounds, 2)
     threads = torch.get_num_threads() if threads is None else threads
     check_whole("threads", threads, 1)
-    calls = {name: _call(model, example_inputs) for name, model in models.items()}
-    with _forward_only(models.values()), _threads(threads):
-        macs = {name: _first(name, models[name], call) for name, call in calls.items()}
+    calls = {name: forward_of(model, example_inputs) for name, model in models.items()}
+    with forward_only(models.values()), with_threads(threads):
+        macs = {name: first_forward(f"models[{name!r}]", models[name], call) for name, call in calls.items()}
     metrics = {name: {} if evaluate is None else _evaluated(name, model, evaluate) for name, model in models.items()}
     _refuse_other_names(metrics)
-    with _forward_only(models.values()):
+    with forward_only(models.values()):
         times = medians(calls, rounds=rounds, threads=threads)
     rows = []
     for name, model in models.items():
@@ -170,17 +183,22 @@ def _check(models: Mapping[str, nn.Module], evaluate: Evaluate | None) -> None:
     for name, model in models.items():
         if not isinstance(name, str):
             raise TypeError(f"models has the key {name!r}, a {type(name).__name__}. Use names as keys.")
-        check_module(f"models[{name!r}]", model)
-        with errors_about(f"models[{name!r}]"):
-            refuse_lazy(model)
-        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_meta:
-                raise ValueError(f"models[{name!r}]: {key} is on the meta device. Load the model's values first.")
+        check_runs(f"models[{name!r}]", model)
     if evaluate is not None and not callable(evaluate):
         raise TypeError(f"evaluate is a {type(evaluate).__name__}. Pass a function of a model.")
 
 
-def _call(model: nn.Module, inputs: Any) -> Callable[[], object]:
+def check_runs(param: str, model: nn.Module) -> None:
+    """Raise unless ``model``, the caller's ``param``, is a module whose tensors hold data."""
+    check_module(param, model)
+    with errors_about(param):
+        refuse_lazy(model)
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"{param}: {key} is on the meta device. Load the model's values first.")
+
+
+def forward_of(model: nn.Module, inputs: Any) -> Callable[[], object]:
     """Return the forward pass of ``model`` on a copy of ``inputs``, on its device."""
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), None)
     copied = tree_map(
@@ -229,14 +247,14 @@ def _refuse_other_names(metrics: Mapping[str, Mapping[str, float]]) -> None:
 # ------------------------------------------------------------------------------------------------------- forward passes
 
 
-def _first(name: str, model: nn.Module, call: Callable[[], object]) -> int | None:
-    """Run ``model`` for the first time, name it if it fails, and return its MACs."""
+def first_forward(what: str, model: nn.Module, call: Callable[[], object]) -> int | None:
+    """Run ``model``, in errors ``what``, for the first time, name it if it fails, and return its MACs."""
     try:
         call()
     except Exception as error:
         floats = sorted({str(tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()})
         raise RuntimeError(
-            f"models[{name!r}], a {type(model).__name__} of {' and '.join(floats) or 'no parameters'}, failed on "
+            f"{what}, a {type(model).__name__} of {' and '.join(floats) or 'no parameters'}, failed on "
             f"example_inputs: {type(error).__name__}: {error}. Pass one batch that all models take: a tensor, a tuple "
             "of positional arguments or a dictionary of keywords, without targets, in the dtype of the models."
         ) from error
@@ -247,7 +265,7 @@ def _first(name: str, model: nn.Module, call: Callable[[], object]) -> int | Non
 
 
 @contextmanager
-def _forward_only(models: Iterable[nn.Module]) -> Iterator[None]:
+def forward_only(models: Iterable[nn.Module]) -> Iterator[None]:
     """Let ``models`` be in eval mode, without gradients, and leave them as they were."""
     with ExitStack() as stack:
         for model in models:
@@ -285,7 +303,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def with_threads(number: int) -> Iterator[None]:
+    """Let torch have ``number`` threads on the CPU."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(number)
@@ -301,20 +320,12 @@ def _cell(row: Row, name: str) -> str:
     """Return a value as the table shows it."""
     value = row.values()[name]
     if name == "latency":
-        return f"{_digits(1e3 * row.latency)} ms ± {_digits(1e3 * row.spread)}"
+        return f"{significant(1e3 * row.latency)} ms ± {significant(1e3 * row.spread)}"
     if value is None:
         return "-"
     if name in row.metrics:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.3e}"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{_digits(value / size)} {unit}" + "B" * (name == "nbytes")
-    return f"{value:.0f}" + " B" * (name == "nbytes")
-
-
-def _digits(value: float) -> str:
-    """Return ``value`` with three digits or more."""
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
+    return quantity(value, "B" if name == "nbytes" else "")
 
 
 def _share(ratio: float | None) -> str:

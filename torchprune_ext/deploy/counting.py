@@ -91,9 +91,10 @@ class _Weights(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, formulas: Mapping[Any, Any]) -> None:
         super().__init__()
-        self.names = {
-            each.untyped_storage().data_ptr(): name for name, each in model.named_parameters() if each.numel()
-        }
+        self.names: dict[int, list[tuple[int, str]]] = {}  # by memory, which several may share, and where they begin
+        for name, each in model.named_parameters():
+            if each.numel() and _has_memory(each):
+                self.names.setdefault(each.untyped_storage().data_ptr(), []).append((int(each.storage_offset()), name))
         self.formulas, self.total = formulas, 0
         self.found: dict[str, int] = {}
 
@@ -107,12 +108,15 @@ class _Weights(TorchDispatchMode):
             macs = formula(*args, **(kwargs or {}), out_val=out) // 2
             self.total += macs
             factors = [each for each in args if isinstance(each, Tensor) and each.dim() > 1]
-            names = [
-                self.names.get(each.untyped_storage().data_ptr()) for each in factors[-2:]
-            ]  # what is added is first
+            names = [self._name(each) for each in factors[-2:]]  # what is added is first
             for name in [name for name in names if name is not None][:1]:
                 self.found[name] = self.found.get(name, 0) + macs
         return out
+
+    def _name(self, tensor: Tensor) -> str | None:
+        """Return the parameter that ``tensor`` is, or is a part of."""
+        known = self.names.get(tensor.untyped_storage().data_ptr(), []) if _has_memory(tensor) else []
+        return max(((start, name) for start, name in known if start <= tensor.storage_offset()), default=(0, None))[1]
 
 
 class _Products(TorchDispatchMode):
@@ -147,6 +151,11 @@ class _Products(TorchDispatchMode):
         elif namespace not in NAMESPACES or PRODUCT.search(str(packet).rpartition(".")[2]):
             self.unknown += 1
         return func(*args, **(kwargs or {}))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Return whether the entries of ``tensor`` stand in one piece of memory."""
+    return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
 
 
 def _raw(formula: Callable[..., int]) -> Callable[..., int]:
