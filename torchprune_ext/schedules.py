@@ -1,7 +1,7 @@
 r"""How far pruning shall have got: frozen values, each a pure function of the step.
 
-A schedule is called with the number of a training step and returns the sparsity that shall be reached in it, counted
-from nothing pruned. It changes at its *updates*, namely at ``start``, at each ``every``-th step behind it, and at
+A schedule is called with the number of a training step and returns the sparsity that shall be reached in it, earlier
+pruning included. It changes at its *updates*, namely at ``start``, at each ``every``-th step behind it, and at
 ``end``; between them it keeps the value of the last one. Before ``start`` it is ``initial``, from ``end`` on exactly
 ``final``. With :math:`p = (t - t_0) / (t_1 - t_0)` for the last update :math:`t`, start :math:`t_0` and end
 :math:`t_1`, and initial and final sparsities :math:`s_i` and :math:`s_f`:

@@ -1,8 +1,8 @@
-"""Survivors that make up for the dead: re-fit a pruned network, layer by layer, without training it.
+"""Pruning without training: re-fit what is left of a pruned network, layer by layer.
 
 Each layer is fitted by least squares to the outputs that the dense model has there, on the inputs that the pruned and
 already fitted model gives it. One pass over the data treats all layers in sequence; it needs no targets. Masks are
-ordinary masks of the host, of any method, and what is computed goes into ``weight_orig`` and the bias.
+ordinary masks, of any method, native or from here, and what is computed goes into ``weight_orig`` and the bias.
 
 Each batch goes through the model twice, in eval mode: as the reference model and as the pruned one, side by side.
 Beside one layer's moments, inputs x inputs in float64, the activations of all batches between two layers are held:

@@ -115,7 +115,8 @@ def prune_and_compensate(
     Each row of a weight, the entries of one output, keeps the same number, or ``n`` of ``m``; or, with ``unit``, all
     rows keep the same input columns, so that what feeds the others can be removed. By ``criterion``:
 
-    - ``"admm"``: operator splitting looks for the mask that the re-fitted weights like best.
+    - ``"admm"``: operator splitting (ADMM) alternates between the weights that fit best and those that obey the
+      pattern, until both keep the same entries.
     - ``"obs"``: what deleting an entry costs after the others adapt. Units go one after the other, with all costs
       brought up to date as each goes.
     - ``"wanda"``: weight times norm of the input; ``"magnitude"``; units by the sum of the squares.
@@ -163,7 +164,7 @@ def prune_and_compensate(
         ValueError: as :func:`compensate`, or an argument out of range; ``unit`` does not count the inputs of a layer,
             does not divide their number, or is all of them. Nothing is changed then.
 
-    Source: Meng, Behdin, Wang & Mazumder 2024, arXiv:2406.07831, and Boza 2024, arXiv:2401.02938, for the splitting;
+    Source: Meng, Behdin, Wang & Mazumder 2024, arXiv:2406.07831, and Boza 2024, arXiv:2401.02938, for ADMM;
     Hassibi & Stork 1992 for OBS, and Kurtic, Frantar & Alistarh 2023, arXiv:2302.04089, for units; Sun et al. 2023,
     arXiv:2306.11695, for Wanda.
 

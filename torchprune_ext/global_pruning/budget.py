@@ -60,7 +60,7 @@ class Budget:
         if (self.amount is None) == (self.target_sparsity is None):
             raise TypeError(
                 f"amount={self.amount!r}, {self.param}={self.target_sparsity!r}: pass exactly one of them. "
-                f"amount counts from what is left, {self.param} from nothing pruned."
+                f"amount is a share of what is left, {self.param} the share pruned in the end."
             )
         if self.amount is not None:
             check_amount(self.amount)

@@ -58,7 +58,7 @@ class GradualPruner:
     Args:
         model: the model that trains.
         params: ``(module, name)`` pairs within it; see :func:`.prunable_parameters`.
-        schedule: which sparsity each step shall have, counted over all units of ``params`` and from nothing pruned; of
+        schedule: which sparsity each step shall have, over all units of ``params``, earlier pruning included; of
             :mod:`torchprune_ext.schedules`. Step 0 is the first call of :meth:`step`.
         criterion: what is ranked at each update: ``"magnitude"``; ``"gradient"``, :math:`|w \cdot \partial L /
             \partial w|` from the gradients that are there then; a function of the model that returns scores

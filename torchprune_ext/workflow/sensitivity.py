@@ -117,7 +117,7 @@ def sensitivity(
         evaluate: from the model to a number, larger is better, such as the accuracy on held-out data; for a loss,
             return its negative. Sets the mode that it needs.
         params: ``(module, name)`` pairs within the model.
-        sparsities: fractions to prune each tensor to, in [0, 1), counted from nothing pruned.
+        sparsities: fractions to prune each tensor to, in [0, 1), what is pruned already counted in.
         criterion: as for :func:`.prune_to`.
         unit: as for :func:`.prune_to`.
         progress: show a progress bar with the time left, which needs ``tqdm``; by default if that is installed.

@@ -1,4 +1,4 @@
-"""Prune to a target, counted from nothing pruned, whatever is pruned already; and ask first what would go."""
+"""Prune to a target sparsity, whatever is pruned already; and ask first what would go."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -45,7 +45,7 @@ def prune_to(
     scope: Scope = "global",
     min_keep: float = 1,
 ) -> None:
-    """Prune until the listed tensors have the sparsity asked for, counted from nothing pruned.
+    """Prune until the listed tensors have the sparsity asked for, what is pruned already counted in.
 
     Unlike an ``amount`` of what is left: three calls with 0.2, 0.4 and 0.6 end at 60 %. What is pruned already stays
     so and counts; all that was asked for is reached exactly, in whole units, or nothing is pruned.
