@@ -11,14 +11,14 @@ SPHINX := $(BIN)/python -m sphinx -E -W -n --keep-going -q
 export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test lint types docs docs-examples unit test-oldest clean
+.PHONY: help install demo test lint types docs docs-check docs-examples unit test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         prune a LeNet on real digits by every method, with and without re-fitting; pictures in build/demo"
 	@echo "make test         ruff, mypy, documentation and its examples, pytest with doctests"
 	@echo "make test-oldest  pytest with doctests, with Python 3.10 and the oldest PyTorch that the package promises"
-	@echo "make docs         build the documentation into build/docs"
+	@echo "make docs         build the documentation into build/docs and run its gallery (minutes)"
 	@echo "make clean        remove what was built; .venv and .venv-oldest stay (delete them to install afresh)"
 
 install: $(INSTALLED)
@@ -42,7 +42,7 @@ demo: $(INSTALLED)
 	@echo "== demo: whole units pruned without training, and cut out: a smaller network that gives the same"
 	$(BIN)/python examples/compact_models.py --only lenet --batches 1 64
 
-test: lint types docs docs-examples unit
+test: lint types docs-check docs-examples unit
 
 lint: $(INSTALLED)
 	@echo "== ruff: style, docstrings, formatting"
@@ -54,14 +54,22 @@ types: $(INSTALLED)
 	$(BIN)/python -m mypy
 
 docs: $(INSTALLED)
-	@echo "== sphinx: documentation, warnings are errors"
+	@echo "== sphinx: documentation with every script of the gallery run, warnings are errors"
+	rm -rf build/docs docs/auto_gallery
 	$(SPHINX) -b html docs build/docs
+	$(BIN)/python docs/check_site.py build/docs --gallery
 	@echo "Open build/docs/index.html"
+
+docs-check: $(INSTALLED)
+	@echo "== sphinx: documentation without running the gallery, warnings are errors"
+	rm -rf build/docs-check
+	$(SPHINX) -D plot_gallery=0 -b html docs build/docs-check
+	$(BIN)/python docs/check_site.py build/docs-check
 
 docs-examples: export TQDM_DISABLE := 1
 docs-examples: $(INSTALLED)
 	@echo "== the examples of the documentation and of the README do what they say"
-	$(SPHINX) -b doctest docs build/docs-examples
+	$(SPHINX) -D plot_gallery=0 -b doctest docs build/docs-examples
 	mkdir -p build/readme  # where the examples write
 	sed -n '/^```python/,/^```/p' README.md | grep -v '^```' | (cd build/readme && ../../$(BIN)/python -W error -)
 
@@ -90,5 +98,5 @@ test-oldest: $(OLDEST)/installed.stamp
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -rs
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build docs/auto_gallery *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find torchprune_ext tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +

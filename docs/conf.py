@@ -1,7 +1,9 @@
-"""Sphinx configuration. The build needs no network: links into other projects are plain URLs."""
+"""Sphinx configuration. Neither the build nor a reader needs a network: links into other projects are plain URLs."""
 
 import doctest
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,28 +13,59 @@ from sphinx.application import Sphinx
 from torchprune_ext import __version__ as release  # noqa: F401
 from torchprune_ext.plots import curves, weights
 
+sys.path.insert(0, str(Path(__file__).parent))  # for _extensions
+
 project = "torchprune_ext"
 author = "torchprune_ext contributors"
 copyright = f"2026, {author}"
 
 extensions = [
+    "_extensions.mathml",
+    "_extensions.public_names",
     "matplotlib.sphinxext.plot_directive",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
 ]
+exclude_patterns = ["_extensions", "gallery"]  # the gallery's pages are made of its scripts, in auto_gallery
 # What the annotations of plots mean, which imports matplotlib only when it draws.
 for module in (curves, weights):
     vars(module).update(Axes=Axes, Axes3D=Axes3D)
 
 html_theme = "furo"
 html_title = "torchprune_ext"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_copy_source = False
+html_math_renderer = "mathml"
+
+# Every script is run by `make docs`, also if it has not changed: what it shows depends on the package.
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "auto_gallery",
+    "within_subsection_order": "FileNameSortKey",
+    "run_stale_examples": True,
+    "reset_modules": ("matplotlib", "_extensions.gallery.strict"),
+    "reset_modules_order": "both",
+    "capture_repr": ("_repr_html_",),
+    "image_srcset": ["2x"],
+    "backreferences_dir": "auto_gallery/backreferences",
+    "doc_module": ("torchprune_ext",),
+    "reference_url": {"torchprune_ext": None},
+    "show_signature": False,
+    "write_computation_times": False,
+    "download_all_examples": False,
+}
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 80
+toc_object_entries_show_parents = "hide"
 
 plot_formats = ["png"]
 plot_html_show_formats = False
