@@ -2,8 +2,8 @@
 
 Every function returns ``{(module, name): sparsity}``. Where a sparsity of all is asked for, the amounts are multiples
 of one entry that add up to exactly ``round(sparsity * entries)`` of the listed entries, and each tensor that has
-entries keeps one at least. A sparsity is that in the end, earlier pruning included. Tied tensors count once and get one amount under all
-their names. Nothing is pruned.
+entries keeps one at least. A sparsity is that in the end, earlier pruning included. Tied tensors count once and get
+one amount under all their names. Nothing is pruned.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
