@@ -59,6 +59,7 @@ from torchprune_ext.methods import (
 )
 from torchprune_ext.patterns import NM, Block, Channel, Kernel, Vector
 from torchprune_ext.penalties import bn_l1_penalty
+from torchprune_ext.permutation import Permutation, permute_for_nm
 from torchprune_ext.reporting import Report, report
 from torchprune_ext.workflow import allocation
 from torchprune_ext.workflow.dynamic import DynamicSparse
@@ -90,6 +91,7 @@ __all__ = [
     "LotteryTicket",
     "NMStructured",
     "OBDSaliency",
+    "Permutation",
     "Report",
     "SemiStructuredLinear",
     "SoftFilterPruner",
@@ -136,6 +138,7 @@ __all__ = [
     "nm_structured",
     "obd_saliency",
     "patterns",
+    "permute_for_nm",
     "plan",
     "prunable_parameters",
     "prune_and_compensate",

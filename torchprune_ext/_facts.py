@@ -117,6 +117,8 @@ class Book:
         reads: products that sum over labels.
         grids: fields that vary along two axes or more since a view, so that only whole rows or columns can go.
         heads: labels of what is multiplied head by head.
+        symmetric: places in ``fixed`` of channels that cannot go, but can change places with each other.
+        parts: labels of what is cut out of a tensor whose axis counts channels, for each piece.
     """
 
     pairs: list[Tensor] = field(default_factory=list)
@@ -124,11 +126,21 @@ class Book:
     reads: list[Read] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
+    symmetric: set[int] = field(default_factory=set)
+    parts: list[Tensor] = field(default_factory=list)
 
-    def fix(self, labels: Tensor, why: str) -> None:
-        """Note that channels must stay."""
+    def fix(self, labels: Tensor, why: str, *, symmetric: bool = False) -> None:
+        """Note that channels must stay; ``symmetric``: their number, but not their order."""
         found = squeezed(labels).unique()
+        if symmetric:
+            self.symmetric.add(len(self.fixed))
         self.fixed.append((found[found > 0], why))
+
+    def part(self, old: Tensor, new: Tensor) -> None:
+        """Note that ``new`` labels are cut out of those of a tensor, so that only these can change places."""
+        found = squeezed(new).unique()
+        if len(found) < len(squeezed(old).unique()):
+            self.parts.append(found[found > 0])
 
     def unify(self, one: Tensor, other: Tensor) -> None:
         """Note that two fields of the same shape give each entry the same channel under two labels."""
@@ -152,12 +164,12 @@ class Book:
         self.unify(labels, first)
         return first
 
-    def looked(self, labels: Tensor, axes: set[int], why: str) -> Tensor:
-        """Return the field after an operation that looks at all entries along ``axes`` at once."""
+    def looked(self, labels: Tensor, axes: set[int], why: str, *, symmetric: bool = False) -> Tensor:
+        """Return the field after an operation that looks at all entries along ``axes`` at once, in whatever order."""
         if varying(labels) & axes:
             if not varying(labels) <= axes:
                 return self.joined(labels, axes)
-            self.fix(labels, why)
+            self.fix(labels, why, symmetric=symmetric)
         return labels
 
     def combined(self, operands: Iterable[tuple[Tensor, list[Tensor]]], shape: torch.Size) -> list[Tensor]:

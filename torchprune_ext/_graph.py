@@ -79,6 +79,10 @@ class Group:
         readings: the products that sum over them.
         fixed: why they must stay, or None.
         heads: whether a channel is a head of attention; with grouped queries, a key with all its queries.
+        kinds: int64 of shape ``(size,)``: channels of the same number can change places with each other; -1 for those
+            that cannot with any.
+        ordered: why some of them cannot, or None. It is not ``fixed``: LayerNorm, say, needs all channels, in whatever
+            order.
     """
 
     size: int
@@ -86,6 +90,8 @@ class Group:
     readings: tuple[Reading, ...]
     fixed: str | None
     heads: bool
+    kinds: Tensor
+    ordered: str | None
 
     @property
     def names(self) -> list[str]:
@@ -190,10 +196,12 @@ def _refuse_unseen(model: nn.Module) -> None:
 def _fix_modules(model: nn.Module, trace: Trace) -> None:
     """Fix the channels of modules whose code depends on widths in its own way."""
     reasons: dict[str, str] = {}
+    widths: set[str] = set()  # reasons that are about the number of channels only
     for path, module in model.named_modules():
         why = None
         if isinstance(module, nn.MultiheadAttention):
             why = "nn.MultiheadAttention computes the width of its heads from embed_dim, so none can go"
+            widths.add(why)
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
             why = f"{type(module).__name__} is recurrent"
         elif is_parametrized(module):
@@ -203,7 +211,7 @@ def _fix_modules(model: nn.Module, trace: Trace) -> None:
             reasons |= {f"{path}.{name}" if path else name: why for name in below}
     for name, _, start, size in trace.axes:
         if name in reasons:
-            trace.book.fix(torch.arange(start, start + size), reasons[name])
+            trace.book.fix(torch.arange(start, start + size), reasons[name], symmetric=reasons[name] in widths)
 
 
 def _components(count: int, pairs: Tensor) -> Tensor:
@@ -247,6 +255,7 @@ def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterat
     heads = torch.zeros(trace.count, dtype=torch.bool)
     for labels in trace.book.heads:
         heads[root[labels.cpu()]] = True
+    treated, ordered = _treated(trace, root)
     axis_of = torch.zeros(trace.count, dtype=torch.int64)
     for place, (_, _, start, size) in enumerate(trace.axes):
         axis_of[start : start + size] = place
@@ -279,7 +288,26 @@ def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterat
         text = trace.book.fixed[int(why[root[part[0]]]) - 1][1] if int(why[root[part[0]]]) else None
         own = tuple(readings.get(int(kind_of[part[0]]), ()))
         text = "nothing reads it" if text is None and not own else text
-        yield Group(size, tuple(members), own, text, bool(heads[root[part[0]]]))
+        channels = root[part].unique()
+        stays = next((ordered[each] for each in channels.tolist() if each in ordered), None)
+        yield Group(size, tuple(members), own, text, bool(heads[channels[0]]), treated[channels], stays)
+
+
+def _treated(trace: Trace, root: Tensor) -> tuple[Tensor, dict[int, str]]:
+    """Return, for each label, a number of all that are cut out of tensors alike, or -1, and why, by smallest label."""
+    made = torch.Generator().manual_seed(1)
+    parts = [root[labels.cpu()] for labels in trace.book.parts]
+    treated = torch.zeros(trace.count, dtype=torch.int64)
+    for labels, key in zip(parts, torch.randint(1 << 62, (len(parts),), generator=made).tolist(), strict=True):
+        treated[labels.unique()] += key
+    treated &= (1 << 62) - 1
+    why: dict[int, str] = {}
+    for place, (labels, text) in enumerate(trace.book.fixed):
+        if place not in trace.book.symmetric:
+            for each in root[labels.cpu()].unique().tolist():
+                why.setdefault(each, text)
+    treated[list(why)] = -1
+    return treated, why
 
 
 def _readings(trace: Trace, root: Tensor, kind_of: Tensor, read_labels: list[Tensor]) -> dict[int, list[Reading]]:

@@ -51,6 +51,8 @@ FREE = {
     "std_mean",
     "sort",
 }  # of how many equal
+SYMMETRIC = SUMS | {"mean", "amax", "amin", "std", "var", "var_mean", "std_mean", "prod", "any", "all", "norm"}
+SYMMETRIC |= {"logsumexp", "_softmax", "_log_softmax", "_safe_softmax"}  # whatever the order of what is looked at
 ZEROS = SUMS | {"norm", "prod", "any", "cumsum", "cumprod", "argmax", "argmin"}  # of how many zeros
 
 
@@ -96,7 +98,11 @@ def move(book: Book, op: Operation) -> list[Facts]:
         axes = [named[each] for each in dims if each in named] or [0]
         axes += [1] * (op.name == "diagonal" and axes == [0])
         moves = either(moves, ~normal(alike_along(x, axes)))  # which part is read may depend on the input
-    fields = [[normal(each) for each in moved(labels)] for labels in facts.fields]
+    fields = [moved(labels) for labels in facts.fields]
+    for old, pieces in zip(facts.fields, fields, strict=True):
+        for piece in pieces if op.name in CUTS else ():
+            book.part(old, piece)
+    fields = [[normal(each) for each in pieces] for pieces in fields]
     for old, each in zip(facts.fields, fields, strict=True):
         book.grids += [squeezed(labels) for labels in each if len(varying(labels)) > max(1, len(varying(old)))]
     return [
@@ -113,6 +119,8 @@ def pad(book: Book, op: Operation) -> list[Facts]:
         normal(op.func(each, widths, 0)) if varying(each) & axes else resized(each, axes, op.out.shape)
         for each in facts.fields
     ]
+    for old, new in zip(facts.fields, fields, strict=True):
+        book.part(old, new)
     moves = facts.moves
     if min(widths, default=0) < 0:  # of inputs of another size more may be left
         moves = either(moves, normal(~alike_along(x, axes)))
@@ -158,7 +166,7 @@ def layer_norm(book: Book, op: Operation) -> list[Facts]:
     x, shape = op.args[:2]
     axes = set(range(x.dim() - len(shape), x.dim()))
     why = f"{'LayerNorm' if op.name == 'native_layer_norm' else 'RMSNorm'} is taken over all channels"
-    operands = [(x, [book.looked(each, axes, why) for each in op.of(x).fields])]
+    operands = [(x, [book.looked(each, axes, why, symmetric=True) for each in op.of(x).fields])]
     operands += [(tensor, op.of(tensor).fields) for tensor in op.args[2:4] if isinstance(tensor, Tensor)]
     first, *others = op.results
     return [
@@ -190,7 +198,8 @@ def reduce(book: Book, op: Operation) -> list[Facts]:
             silent = zero(x.movedim(axis, 0).flatten(1), facts.moves.movedim(axis, 0).flatten(1), 1)
             book.reads.append(Read(labels, silent, silent, torch.full(labels.shape, math.nan), None, False, None))
         else:
-            fields.append(less(book.looked(each, axes, f"{op.name} is taken over all channels")))
+            why, free = f"{op.name} is taken over all channels", op.name in SYMMETRIC
+            fields.append(less(book.looked(each, axes, why, symmetric=free)))
     moves = any_along(facts.moves, axes if x.dim() else ())
     if x.dim() and not (facts.source is not None and facts.whole):
         moves = either(moves, ~_of_any_number(op, x, axes))
@@ -208,7 +217,8 @@ def along_one(book: Book, op: Operation) -> list[Facts]:
     """Softmax, cumulative sums and the like: all entries along an axis at once, which stays."""
     x, facts = op.args[0], op.of(op.args[0])
     axes = {op.named.get("dim", -1) % x.dim()} if x.dim() else set()
-    fields = [book.looked(f, axes, f"{op.name.lstrip('_')} is taken over all channels") for f in facts.fields]
+    why, free = f"{op.name.lstrip('_')} is taken over all channels", op.name in SYMMETRIC
+    fields = [book.looked(each, axes, why, symmetric=free) for each in facts.fields]
     moves = any_along(facts.moves, axes)
     if not (facts.source is not None and facts.whole):
         moves = either(moves, ~_of_any_number(op, x, axes))
@@ -270,6 +280,7 @@ def glu(book: Book, op: Operation) -> list[Facts]:
     halves: list[list[Tensor]] = [[], []]
     for each in facts.fields:
         for place, half in enumerate(each.chunk(2, axis)):
+            book.part(each, half)
             halves[place].append(normal(half))
     left, right = facts.moves.chunk(2, axis)
     return [Facts(book.combined([(op.out, half) for half in halves], op.out.shape), either(left, right))]

@@ -38,7 +38,7 @@ def without(plain: M, cuts: Sequence[Cut], inputs: Any) -> M:
         RuntimeError: they agree for no group, or not for all that agree alone, and which are to blame.
         ValueError: the model's code allows nothing.
     """
-    wanted = _Outputs(plain, inputs)
+    wanted = Outputs(plain, inputs)
     try:
         return _attempt(plain, cuts, wanted)
     except (_WidthError, _ValueError) as error:
@@ -129,7 +129,7 @@ def _shapes(model: nn.Module, inputs: Any) -> list[tuple[str, torch.Size]]:
         return [(name, tensor.shape) for name, tensor in outputs_in(call(model, inputs))]
 
 
-def _alone(plain: nn.Module, each: Cut, wanted: "_Outputs") -> Cut:
+def _alone(plain: nn.Module, each: Cut, wanted: "Outputs") -> Cut:
     """Return a cut that works alone, with the numbers that it needs put right."""
     try:
         _attempt(plain, [each], wanted)
@@ -143,7 +143,7 @@ def _alone(plain: nn.Module, each: Cut, wanted: "_Outputs") -> Cut:
     return each
 
 
-def _attempt(plain: M, cuts: Sequence[Cut], wanted: "_Outputs") -> M:
+def _attempt(plain: M, cuts: Sequence[Cut], wanted: "Outputs") -> M:
     """Return a copy without some channels if its outputs are the wanted ones."""
     small = copy.deepcopy(plain)
     cut(small, cuts)
@@ -160,7 +160,7 @@ def _attempt(plain: M, cuts: Sequence[Cut], wanted: "_Outputs") -> M:
     return small
 
 
-class _Outputs:
+class Outputs:
     """What a model makes of inputs, in several dtypes.
 
     Args:
