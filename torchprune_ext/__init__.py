@@ -4,11 +4,13 @@ from torchprune_ext import calibration, criteria, masks, patterns, schedules, se
 from torchprune_ext.compensation import (
     DenseValues,
     Fit,
+    Refined,
     compensate,
     dense_values,
     prune_and_compensate,
     prune_in_rounds,
     recalibrate_bn,
+    refine,
     sparsegpt,
 )
 from torchprune_ext.deploy.checkpoint import dense_state_dict, load_pruned_state_dict
@@ -92,6 +94,7 @@ __all__ = [
     "NMStructured",
     "OBDSaliency",
     "Permutation",
+    "Refined",
     "Report",
     "SemiStructuredLinear",
     "SoftFilterPruner",
@@ -146,6 +149,7 @@ __all__ = [
     "prune_to",
     "pruned_parameters",
     "recalibrate_bn",
+    "refine",
     "refresh",
     "remove",
     "remove_all",

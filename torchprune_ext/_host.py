@@ -381,13 +381,15 @@ def _dense_fingerprint(target: Target) -> Fingerprint | None:
 def plain_entries(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
     """Return all parameters and buffers of ``model`` as they are called without pruning, with module, key and tensor.
 
-    A pruned tensor is listed with its effective weights, its mask is not, and what is tied is listed under every name.
+    A pruned tensor is listed with its effective weights, its mask is not, nor what :func:`kept_zeros` remembers, and
+    what is tied is listed under every name.
     """
     found: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         targets = list(targets_in(module))
         own = {target.name: target.weight() for target in targets}
         masks = {f"{target.name}_mask" for target in targets if target.mask is not None}
+        masks |= {f"{target.name}_zeros" for target in targets if _zeros(target) is not None}
         buffers = module.named_buffers(recurse=False, remove_duplicate=False)
         own |= {key: buffer for key, buffer in buffers if key not in masks}
         found |= {f"{path}.{key}" if path else key: (module, key, tensor) for key, tensor in own.items()}

@@ -11,19 +11,24 @@ pass as much data as fits, e.g. with ``max_batches``.
 
 from torchprune_ext.compensation.baseline import sparsegpt
 from torchprune_ext.compensation.batch_norm import recalibrate_bn
+from torchprune_ext.compensation.block_fitting import Refined, RefinedBlock
 from torchprune_ext.compensation.calls import compensate, prune_and_compensate
 from torchprune_ext.compensation.fitting import Fit, Fits
 from torchprune_ext.compensation.reference import DenseValues, dense_values
+from torchprune_ext.compensation.refining import refine
 from torchprune_ext.compensation.rounds import prune_in_rounds
 
 __all__ = [
     "DenseValues",
     "Fit",
     "Fits",
+    "Refined",
+    "RefinedBlock",
     "compensate",
     "dense_values",
     "prune_and_compensate",
     "prune_in_rounds",
     "recalibrate_bn",
+    "refine",
     "sparsegpt",
 ]

@@ -123,7 +123,7 @@ class _Pass:
         }
         self.found: Statistics = {}
         self.axes: dict[nn.Module, list[int]] = {}
-        self.attributes = _Attributes(run.model)
+        self.attributes = Attributes(run.model)
 
     def over(self, batches: Sequence[Batch], bar: Iterable[Any]) -> Statistics:
         """Return mean and variance of each layer that the batches reach; ``bar`` counts the layers."""
@@ -240,7 +240,7 @@ class _Moments:
         return cls(count, mean, ranks.sum(torch.stack(squares).sum(0)))
 
 
-class _Attributes:
+class Attributes:
     """What modules keep on themselves while a batch goes through, so that batches that take turns do not mix.
 
     Args:

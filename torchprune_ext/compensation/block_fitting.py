@@ -1,0 +1,337 @@
+"""Gradient steps on the blocks of a model, one block after the other, or on all of the model at once.
+
+In sequence, each batch is two coroutines, one of the reference model and one of the model that is fitted, which stop at
+each block: the block is fitted to what the reference's gives there, from what the fitted blocks before it give, and all
+go on. What is held at a time is what all batches need between two blocks, and one block's gradients. As a whole, the
+reference model runs again for each batch, so that one batch's outputs are all that is held.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_ext._batches import Batch
+from torchprune_ext._loading import with_progress
+from torchprune_ext._runs import Run
+from torchprune_ext._tables import table
+from torchprune_ext.compensation.batch_norm import Attributes
+from torchprune_ext.compensation.blocks import (
+    Blocks,
+    Calls,
+    Distance,
+    Loss,
+    copied,
+    counted,
+    instead_of_forward,
+    same,
+    sample_axes,
+)
+from torchprune_ext.compensation.coroutines import Coroutine, hand_out
+from torchprune_ext.compensation.descent import Descent, Free, MakeOptimizer, Parts, descend, measured
+from torchprune_ext.compensation.streams import Tables, holding
+from torchprune_ext.compensation.survivors import Held
+
+Stop = tuple[nn.Module | None, Any]  # a block, or None at the end of the model, and what goes in or comes out there
+
+
+@dataclass(frozen=True, slots=True)
+class RefinedBlock:
+    """What refining has given for a block, on the batches kept aside.
+
+    Args:
+        name: of the block in the model.
+        before: what its outputs are off the reference model's, in squares relative to their variation.
+        after: the same with the new values.
+        best: the epoch whose values it has now; 0 for those that it had.
+        epochs: how many epochs there were.
+    """
+
+    name: str
+    before: float
+    after: float
+    best: int
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refined:
+    """What :func:`refine` has done; prints as a table. All errors are on the batches kept aside.
+
+    Args:
+        blocks: in the order in which the model calls them; none where only the model's output was fitted.
+        model: the same of the model's output, or what ``loss`` says of it.
+    """
+
+    blocks: tuple[RefinedBlock, ...]
+    model: RefinedBlock
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, as for a JSON file."""
+        return {"blocks": [asdict(block) for block in self.blocks], "model": asdict(self.model)}
+
+    def __str__(self) -> str:
+        """Return a table with a line for each block, and one for the model."""
+        lines = [
+            [row.name, f"{row.before:.4g}", f"{row.after:.4g}", f"{row.best} of {row.epochs}"]
+            for row in (*self.blocks, self.model)
+        ]
+        return table(["block", "before", "after", "epoch"], lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How it is fitted.
+
+    Args:
+        epochs: most epochs.
+        optimizer: makes the optimizer.
+        progress: as in :class:`.Options`.
+    """
+
+    epochs: int
+    optimizer: MakeOptimizer
+    progress: bool | None
+
+
+class Task:
+    """What is fitted, in an open model.
+
+    Args:
+        run: the open model.
+        free: what may change.
+        reference: what the modules hold while the reference model runs.
+        recipe: how it is fitted.
+        loss: for the model's output; None for the relative error.
+    """
+
+    def __init__(
+        self, run: Run, free: Mapping[Held, Free], reference: Tables, recipe: Recipe, loss: Loss | None
+    ) -> None:
+        self.run, self.free, self.reference, self.recipe, self.loss = run, free, reference, recipe, loss
+        for module in run.model.modules():
+            if "_compiled_call_impl" in vars(module):
+                vars(module)["_compiled_call_impl"] = None  # of module.compile(); put back with all else
+        self.calls = Calls(run, {})
+        self.distances: list[Distance] = []  # of the blocks, and behind them of the model
+        self.fit: list[Batch] = []
+        self.aside: list[Batch] = []
+        self.dense = False  # whether it is the reference that runs
+
+    # --- the rehearsal
+
+    @torch.no_grad()
+    def prepare(self, blocks: Blocks, fit: list[Batch], aside: list[Batch], *, found: bool, sequence: bool) -> None:
+        """See what ``blocks`` give for the first batch, and refuse what a fit would get wrong.
+
+        Args:
+            blocks: to fit, and how errors call them.
+            fit: the batches to fit to.
+            aside: those that are kept aside.
+            found: whether the blocks were found; then the model is one block where they do not do.
+            sequence: whether they are fitted one after the other.
+        """
+        self.fit, self.aside = fit, aside
+        inputs = fit[0].inputs
+        self.calls = Calls(self.run, blocks)
+        once = self.calls.outputs(inputs, arguments=sequence)
+        several = {self.calls.blocks[block]: len(seen) for block, seen in self.calls.seen.items() if len(seen) != 1}
+        if several and found:
+            self.calls = Calls(self.run, {})
+            once = self.calls.outputs(inputs)
+        elif several:
+            raise ValueError(
+                f"blocks: each is called once in a pass, but {several} of them are not (with the number of calls). "
+                "List what calls them, or [model] for the model as one block."
+            )
+        seen = self.calls.seen
+        names = [*(self.calls.blocks[block] for block in self.calls.inner), type(self.run.model).__name__]
+        again = self.calls.outputs(inputs)
+        for name, first, second in zip(names, once, again, strict=True):
+            if not same(first, second):
+                raise ValueError(
+                    f"{name} gives another output when the model gets the same batch again, so what is fitted cannot "
+                    "be told from noise. Switch off what is random, as dropout that is always on."
+                )
+        if sequence:
+            for block, [(args, kwargs, output)] in seen.items():
+                alone = block.forward(*copied(args), **copied(kwargs))
+                if not same(output, alone):
+                    raise ValueError(
+                        f"{self.calls.blocks[block]} gives another output when it is called again with the same "
+                        "arguments, as with a cache of keys and values. Switch that off (use_cache=False), or pass "
+                        "whole=True."
+                    )
+        masked = [batch for batch in [*fit, *aside] if batch.mask is not None]
+        axes: Sequence[list[int] | None] = [None] * len(names)
+        if masked:
+            axes = sample_axes(self.calls, masked[0], self.calls.outputs(masked[0].inputs), names)
+        losses = [*[None] * len(self.calls.inner), self.loss]
+        self.distances = [Distance(*each) for each in zip(names, axes, losses, strict=True)]
+
+    # --- the model as a whole
+
+    def whole(self) -> Refined:
+        """Fit everything at once to the outputs of all blocks and of the model."""
+        bar = with_progress(range(self.recipe.epochs), "refine", None, self.recipe.progress)
+        steps = iter(bar)
+
+        def tell(error: float) -> None:
+            next(steps, None)
+            _tell(bar, error)
+
+        done = descend(
+            list(self.free.values()),
+            [self._all_parts(batch) for batch in self.fit],
+            [(counted(batch), self._all_parts(batch)) for batch in self.aside],
+            self.recipe.epochs,
+            self.recipe.optimizer,
+            tell,
+        )
+        rows = [
+            RefinedBlock(distance.where, before, after, done.best, done.epochs)
+            for distance, before, after in zip(self.distances, done.before, done.after, strict=True)
+        ]
+        return Refined(tuple(rows[:-1]), rows[-1])
+
+    def _all_parts(self, batch: Batch) -> Parts:
+        """Return what computes the errors of all blocks and of the model for ``batch``."""
+
+        def parts() -> Tensor:
+            with torch.no_grad(), holding(self.reference):
+                dense = self.calls.outputs(batch.inputs)
+            found = self.calls.outputs(batch.inputs)
+            each = zip(self.distances, found, dense, strict=True)
+            return torch.stack([compare(mine, other, batch) for compare, mine, other in each])
+
+        return parts
+
+    # --- one block after the other
+
+    def sequence(self) -> Refined:
+        """Fit one block after the other, each on what the fitted ones before it give."""
+        before = measured([(counted(batch), self._end_parts(batch)) for batch in self.aside])
+        start = [(free, free.parameter.detach().clone()) for free in self.free.values()]
+        batches = [*self.fit, *self.aside]
+        device = self.run.device.type
+        attributes = Attributes(self.run.model)
+        bar = with_progress(self.calls.inner, "refine", None, self.recipe.progress)
+        steps = iter(bar)
+        works = [partial(self._to_the_end, batch.inputs) for batch in batches]
+        calls = [(Coroutine(work, device), Coroutine(work, device)) for work in works]
+        done: dict[nn.Module, Descent] = {}
+        try:
+            with instead_of_forward(self.calls.inner, self._reach):
+                while len(done) < len(self.calls.inner):
+                    stops = [self._resume(attributes, *each) for each in calls]
+                    block = self._common(stops, done)
+                    done[block] = self._fit_block(block, stops, bar)
+                    next(steps, None)
+                for call in calls[: len(self.fit)]:
+                    for each in call:
+                        each.close()
+                ends = [self._resume(attributes, *each) for each in calls[len(self.fit) :]]
+        finally:
+            for call in calls:
+                for each in call:
+                    each.close()
+        next(steps, None)
+        after = measured(
+            [(counted(batch), self._ended(batch, *stops)) for batch, stops in zip(self.aside, ends, strict=True)]
+        )
+        better = after[0] <= before[0] and any(each.best for each in done.values())
+        if not better:
+            for free, values in start:
+                free.write(values)
+        rows = [
+            RefinedBlock(self.calls.blocks[block], each.before[0], each.after[0], each.best, each.epochs)
+            if better
+            else RefinedBlock(self.calls.blocks[block], each.before[0], each.before[0], 0, each.epochs)
+            for block, each in done.items()
+        ]
+        name, kept = self.distances[-1].where, max(each.best for each in done.values()) if better else 0
+        epochs = max(each.epochs for each in done.values())
+        end = after[0] if better else before[0]
+        return Refined(tuple(rows), RefinedBlock(name, before[0], end, kept, epochs))
+
+    def _to_the_end(self, inputs: Any) -> None:
+        hand_out((None, self.run.output(inputs)))
+
+    def _reach(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for a block's forward: hand out what it gives or gets, and go on when the block is fitted."""
+        if self.dense:
+            output = forward(*args, **kwargs)
+            hand_out((block, output))
+            return output
+        hand_out((block, (forward, args, kwargs)))
+        return forward(*args, **kwargs)
+
+    def _resume(self, attributes: Attributes, dense: Coroutine, fitted: Coroutine) -> tuple[Stop, Stop]:
+        """Let both calls of a batch go on to the next block, and return where they stop."""
+        self.dense = True
+        with holding(self.reference):
+            other: Stop = attributes.resume(dense)
+        self.dense = False
+        return other, attributes.resume(fitted)
+
+    def _common(self, stops: Sequence[tuple[Stop, Stop]], done: Mapping[nn.Module, Descent]) -> nn.Module:
+        """Return the block at which all calls have stopped."""
+        reached = {stop[0] for pair in stops for stop in pair}
+        block = reached.pop()
+        if reached or block is None or block in done:
+            raise ValueError(
+                "loader: batches take different ways through the model. Pass such that call the same blocks, or "
+                "whole=True."
+            )
+        return block
+
+    def _fit_block(self, block: nn.Module, stops: Sequence[tuple[Stop, Stop]], bar: Iterable[Any]) -> Descent:
+        """Fit ``block`` to what the reference's gave at ``stops``, one for each batch."""
+        compare = self.distances[self.calls.inner.index(block)]
+        inside = set(block.modules())
+        free = [each for held, each in self.free.items() if held.modules <= inside]
+        for held in self.free:
+            shared = [name for other, name in self.calls.blocks.items() if held.modules & set(other.modules())]
+            if held.modules & inside and len(shared) > 1:
+                raise ValueError(
+                    f"{' and '.join(shared)} share {held.listed[0].where}, so they cannot be fitted one after the "
+                    "other. Pass whole=True, freeze it, or leave all but one of them out of blocks."
+                )
+
+        def parts_of(batch: Batch, dense: Stop, fitted: Stop) -> Parts:
+            (_, target), (_, (forward, args, kwargs)) = dense, fitted
+
+            def parts() -> Tensor:
+                return compare(forward(*copied(args), **copied(kwargs)), target, batch).reshape(1)
+
+            return parts
+
+        each = [parts_of(batch, *pair) for batch, pair in zip([*self.fit, *self.aside], stops, strict=True)]
+        aside = [(counted(batch), parts) for batch, parts in zip(self.aside, each[len(self.fit) :], strict=True)]
+        if not free:
+            now = measured(aside)
+            return Descent(now, now, 0, 0)
+        steps, recipe = each[: len(self.fit)], self.recipe
+        return descend(free, steps, aside, recipe.epochs, recipe.optimizer, partial(_tell, bar))
+
+    def _end_parts(self, batch: Batch) -> Parts:
+        """Return what computes the error of the model's output for ``batch``."""
+
+        def parts() -> Tensor:
+            with holding(self.reference):
+                dense = self.run.output(batch.inputs)
+            return self.distances[-1](self.run.output(batch.inputs), dense, batch).reshape(1)
+
+        return parts
+
+    def _ended(self, batch: Batch, dense: Stop, fitted: Stop) -> Parts:
+        return lambda: self.distances[-1](fitted[1], dense[1], batch).reshape(1)
+
+
+def _tell(bar: Any, error: float) -> None:
+    """Show the error on the batches kept aside, if ``bar`` is a progress bar."""
+    if hasattr(bar, "set_postfix"):
+        bar.set_postfix(error=f"{error:.4g}")
