@@ -156,6 +156,10 @@ class Layer:
             f"its weight as Linear, Conv1d or Conv2d does. {leave_out(self.label)}."
         )
 
+    def use(self) -> tuple[object, ...]:
+        """Return all that decides what :meth:`inputs` makes of a tensor."""
+        return self.window, self.groups, None if self.window is None else self.weight.shape[2:]
+
     def inputs(self, x: Tensor) -> Tensor:
         """Return what the rows of the weight multiply, ``(groups, samples, inputs)``."""
         if self.window is None:

@@ -22,9 +22,9 @@ from torchprune_ext.compensation.solvers import (
     magnitude_scores,
     obs_scores,
     refit,
-    split,
     wanda_scores,
 )
+from torchprune_ext.compensation.splitting import Thresholds, split
 from torchprune_ext.compensation.unit_budget import Limit, prune_to_limit
 from torchprune_ext.masks import nm_mask
 from torchprune_ext.methods import GlobalPruning
@@ -264,13 +264,15 @@ class _Choice:
         along = None if self.pattern is None else along_inputs(self.pattern, layer)
         for size in _shrinking(weight.shape[-1] // (width or 1), goal, along, self.steps or 1):
             largest = partial(_largest, layer, size=size, width=width, alive=alive)
+            start = None
             if self.criterion == "admm":
-                alive = split(problem, weight * alive, largest)
+                near = Thresholds(size, alive) if isinstance(size, int) and width is None else None
+                alive, start = split(problem, weight * alive, largest, near)
             elif self.criterion == "obs" and width is not None and isinstance(size, int):
                 alive = of_units(greedy_units(problem, alive, width, size), width, alive)
             else:
                 alive = largest(SCORES[self.criterion](problem, weight * alive))
-            weight = refit(problem, weight, alive)
+            weight = refit(problem, weight, alive, start)
         return weight, alive
 
     def entry(self, target: Target) -> GlobalPruning | None:

@@ -4,31 +4,73 @@ All functions minimise :math:`\|Y - X W^\top\|^2` over :math:`W` through the sec
 :math:`C = Y^\top X`, for one or more groups at once: ``weight`` has shape ``(groups, outputs, inputs)``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Choose = Callable[[Tensor], Tensor]  # from values (groups, outputs, inputs) to a mask of the largest, 0 and 1
+from torchprune_ext.compensation.sources import Source
+
 RIDGE = 3e-3  # of the mean diagonal of the Gram matrix
 ROUNDS = 60  # most steps of the conjugate gradients
-TOLERANCE = 3e-4  # of the error: they end where a step gains less
-SPLITTING = 30  # steps of the operator splitting
-PENALTY, GROWTH, EVERY = 0.1, 1.3, 3  # its penalty at first, and by what it grows every so many steps
+TOLERANCE = 3e-4  # of what is minimized: they end where a step gains less
 ROWS = 256  # of a weight that are worked on at once, which bounds the memory for what lies in between
 BLOCK = 128  # columns that SparseGPT treats at once, or as many as whole groups allow
 
 
 class Moments:
-    """Sums over the samples of a layer's inputs and outputs, in float64, taken about the means of the first ones."""
+    """Sums over the samples of a layer's inputs and outputs, in float64, taken about the means of the first ones.
 
-    def __init__(self) -> None:
+    Args:
+        before: the moments of an earlier layer, solved already, whose inputs this one is expected to get too. Where it
+            does, their Gram matrix is taken over instead of being summed again.
+    """
+
+    def __init__(self, before: "Moments | None" = None) -> None:
         self.count = 0
         self.sums: list[Tensor] = []
+        self.before, self.followed = before, False  # whether this is the ``before`` of others
+        self.sources: list[Source | None] = []
+        self.known: list[Callable[[], Iterable[Tensor]]] = []  # inputs that only the sums of ``before`` have
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in samples: inputs ``(groups, samples, inputs)`` and dense outputs ``(groups, samples, outputs)``."""
+    def reads(self, source: Source | None, inputs: Callable[[], Iterable[Tensor]]) -> bool:
+        """Take note of the ``source`` of what is added next; return whether ``before`` had the same in its place.
+
+        Args:
+            source: what tells these inputs from others.
+            inputs: gives them again, which is needed if later ones differ.
+        """
+        place = len(self.sources)
+        self.sources.append(source)
+        others = [] if self.before is None or len(self.known) < place else self.before.sources
+        if source is not None and place < len(others) and source.same(others[place]):
+            self.known.append(inputs)
+            return True
+        self.part()
+        return False
+
+    @property
+    def shares(self) -> bool:
+        """Whether all inputs are those of ``before``."""
+        return self.before is not None and len(self.known) == len(self.before.sources)
+
+    def part(self) -> None:
+        """Part with ``before``: sum up the inputs that its sums have, since not all are the same."""
+        for inputs in self.known:
+            for x in inputs():
+                if x.shape[1]:
+                    _add_square(self.sums[2], x.to(self.origin[0].dtype) - self.origin[0])
+        self.before, self.known = None, []
+
+    def add(self, x: Tensor, y: Tensor, *, known: bool = False) -> None:
+        """Take in samples: inputs ``(groups, samples, inputs)`` and dense outputs ``(groups, samples, outputs)``.
+
+        Args:
+            x: the inputs.
+            y: the outputs.
+            known: whether the sums of ``before`` have the inputs.
+        """
         if not x.shape[1]:
             return
         x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
@@ -41,10 +83,11 @@ class Moments:
         sum_x, sum_y, gram, cross, energy = self.sums
         sum_x += x.sum(1)
         sum_y += y.sum(1)
-        for total, left in ((gram, x), (cross, y)):
-            for rows, columns in zip(total.split(ROWS, 1), left.split(ROWS, 2), strict=True):
-                rows += columns.mT @ x
-        energy += y.square().sum(1)
+        if not known:
+            _add_square(gram, x)
+        for rows, squares, left in zip(cross.split(ROWS, 1), energy.split(ROWS, 1), y.split(ROWS, 2), strict=True):
+            rows += left.mT @ x
+            squares += left.square().sum(1)
         self.count += x.shape[1]
 
     def problem(self, bias: Tensor | None) -> "Problem":
@@ -52,71 +95,137 @@ class Moments:
 
         The sums are used up.
         """
+        before = self.before if self.shares else None
+        if before is None:
+            self.part()
         sum_x, sum_y, gram, cross, energy = self.sums
         mean_x, mean_y = sum_x / self.count, sum_y / self.count
-        gram.baddbmm_(mean_x.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=-self.count)
         cross.baddbmm_(mean_y.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=-self.count)
-        variation = energy = energy - self.count * mean_y.square()
-        mean_x, mean_y = mean_x + self.origin[0].squeeze(1), mean_y + self.origin[1].squeeze(1)
-        if bias is not None:
-            rest = mean_y - bias
-            gram.baddbmm_(mean_x.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=self.count)
-            cross.baddbmm_(rest.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=self.count)
-            energy = energy + self.count * rest.square()
-        return Problem(gram, cross, energy, variation, mean_x, mean_y, self.count, bias is None)
+        variation = energy - self.count * mean_y.square()
+        if before is None:
+            _fill_lower(gram)
+            gram.baddbmm_(mean_x.unsqueeze(-1), mean_x.unsqueeze(-2), alpha=-self.count)
+            mean_x = mean_x + self.origin[0].squeeze(1)
+            self.inputs = Inputs(gram, mean_x, self.count, {} if self.followed else None)
+        else:
+            self.inputs = before.inputs
+        self.sums, self.before, self.known = [], None, []
+        return Problem(self.inputs, cross, variation, mean_y + self.origin[1].squeeze(1), bias)
+
+
+def _add_square(gram: Tensor, x: Tensor) -> None:
+    """Add the upper half of the product of ``x`` with itself, in blocks of rows."""
+    for start in range(0, x.shape[2], ROWS):
+        gram[:, start : start + ROWS, start:] += x[..., start : start + ROWS].mT @ x[..., start:]
+
+
+def _fill_lower(gram: Tensor) -> None:
+    """Copy the upper half, in the same blocks, to the lower one."""
+    for start in range(0, gram.shape[2], ROWS):
+        stop = start + ROWS
+        gram[:, stop:, start:stop] = gram[:, start:stop, stop:].mT
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """What the samples say of a layer's inputs alone, which layers that get the same inputs share.
+
+    Args:
+        gram: second moments about the means, ``(groups, inputs, inputs)``, in float64.
+        mean: ``(groups, inputs)``.
+        count: number of samples.
+        inverses: what :func:`inverse_of` has found, for other layers; None if there are none.
+    """
+
+    gram: Tensor
+    mean: Tensor
+    count: int
+    inverses: dict[tuple[object, ...], Tensor] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """The least squares of one layer: all that its samples say of it."""
+    """The least squares of one layer: all that its samples say of it.
 
-    gram: Tensor
+    Args:
+        inputs: what they say of the inputs.
+        cross: second moments of outputs and inputs about the means, ``(groups, outputs, inputs)``.
+        variation: squares of the outputs about their means, ``(groups, outputs)``.
+        mean_y: means of the outputs, ``(groups, outputs)``.
+        bias: the bias that stays, broadcast to ``(groups, outputs)``; None if it is fitted.
+    """
+
+    inputs: Inputs
     cross: Tensor
-    energy: Tensor
-    variation: Tensor  # squares of the outputs about their means
-    mean_x: Tensor
+    variation: Tensor
     mean_y: Tensor
-    count: int
-    centred: bool  # taken about the means, so that the bias is at its best
+    bias: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self.inputs.count
+
+    @property
+    def gram(self) -> Tensor:
+        """The Gram matrix: about the means, so that the bias is at its best, or about 0 where it stays."""
+        if self.bias is None:
+            return self.inputs.gram
+        mean = self.inputs.mean
+        return self.inputs.gram.baddbmm(mean.unsqueeze(-1), mean.unsqueeze(-2), alpha=self.count)
+
+    def energy(self) -> Tensor:
+        """Return the error of each row if all weights are 0, ``(groups, outputs)``."""
+        if self.bias is None:
+            return self.variation
+        return self.variation + self.count * (self.mean_y - self.bias).square()
 
     def error(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the squared error of each row; without ``bias`` with the best one, or the one fixed in the problem."""
-        found = self.energy.clone()
+        found = self.variation.clone()
         for total, *rows in zip(*(t.split(ROWS, 1) for t in (found, weight, self.cross)), strict=True):
             some, cross = rows[0].double(), rows[1]
-            total += (some @ self.gram).sub_(cross, alpha=2).mul_(some).sum(-1)
+            total += (some @ self.inputs.gram).sub_(cross, alpha=2).mul_(some).sum(-1)
         found.clamp_min_(0)
+        bias = self.bias if bias is None else bias
         return found if bias is None else found + self.count * (self.best_bias(weight) - bias).square()
 
     def best_bias(self, weight: Tensor) -> Tensor:
         """Return the best bias of each row, ``(groups, outputs)``."""
-        rows = [part.double() @ self.mean_x.unsqueeze(-1) for part in weight.split(ROWS, 1)]
+        rows = [part.double() @ self.inputs.mean.unsqueeze(-1) for part in weight.split(ROWS, 1)]
         return self.mean_y - torch.cat(rows, 1).squeeze(-1)
 
     def input_norms(self) -> Tensor:
         """Return the norm of each input over the samples, ``(groups, inputs)``."""
-        about = self.count * self.mean_x.square() if self.centred else 0.0
-        return (self.gram.diagonal(dim1=-2, dim2=-1) + about).sqrt()
+        about = self.count * self.inputs.mean.square()
+        return (self.inputs.gram.diagonal(dim1=-2, dim2=-1) + about).sqrt()
 
     def size(self) -> Tensor:
         """Return the mean diagonal of the Gram matrix of each group, ``(groups, 1, 1)``; 1 where it is 0."""
-        size = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        diagonal = self.inputs.gram.diagonal(dim1=-2, dim2=-1)
+        if self.bias is not None:
+            diagonal = diagonal + self.count * self.inputs.mean.square()
+        size = diagonal.mean(-1)[:, None, None]
         return torch.where(size > 0, size, 1.0)
 
     def damped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the Gram matrix and the cross moments, in units of :meth:`size`, the former with ``RIDGE``."""
-        gram, cross = (self._scaled(moments, dtype) for moments in (self.gram, self.cross))
+        gram = self._scaled(self.inputs.gram, self.inputs.mean, dtype)
+        cross = self._scaled(self.cross, self.mean_y if self.bias is None else self.mean_y - self.bias, dtype)
         gram.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
         return gram, cross
 
-    def _scaled(self, moments: Tensor, dtype: torch.dtype) -> Tensor:
+    def _scaled(self, moments: Tensor, means: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``moments``, of something with these ``means`` and the inputs, in units of :meth:`size`."""
         size, scaled = self.size(), torch.empty_like(moments, dtype=dtype)
-        for rows, values in zip(scaled.split(ROWS, 1), moments.split(ROWS, 1), strict=True):
+        for rows, values, mean in zip(*(t.split(ROWS, 1) for t in (scaled, moments, means)), strict=True):
+            if self.bias is not None:
+                values = values.baddbmm(mean.unsqueeze(-1), self.inputs.mean.unsqueeze(-2), alpha=self.count)
             rows.copy_(values / size)
         return scaled
 
 
-def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
+def refit(problem: Problem, weight: Tensor, keep: Tensor, start: Tensor | None = None) -> Tensor:
     """Return the best weights on the support ``keep``, where a ridge pulls towards ``weight``.
 
     Rows that keep the same columns share one factorization. Else it takes conjugate gradients over many rows at once:
@@ -125,18 +234,18 @@ def refit(problem: Problem, weight: Tensor, keep: Tensor) -> Tensor:
 
     Args:
         problem: the layer's least squares.
-        weight: where to start from; what is not kept counts as 0.
+        weight: what the ridge pulls to; what is not kept counts as 0.
         keep: 0 and 1, of its shape.
+        start: where to start from, if something better than ``weight`` is known.
     """
     columns = keep.amax(1, keepdim=True)
     if torch.equal(keep, columns.expand_as(keep)):
         return _solved(problem, weight, columns)
     gram, cross = problem.damped(weight.dtype)
-    found = weight * keep
-    before = problem.error(found)
-    for part in zip(
-        *(t.split(ROWS, 1) for t in (found, keep, cross, before / problem.size().squeeze(-1))), strict=True
-    ):
+    cross.add_(weight, alpha=RIDGE)
+    found = (weight if start is None else start) * keep
+    worst = problem.energy() / problem.size().squeeze(-1) + RIDGE * (weight * keep).square().sum(-1)
+    for part in zip(*(t.split(ROWS, 1) for t in (found, keep, cross, worst)), strict=True):
         _descend(gram, *part)
     return found
 
@@ -151,13 +260,24 @@ def _solved(problem: Problem, weight: Tensor, columns: Tensor) -> Tensor:
     return torch.cholesky_solve(cross.mT, factor).mT.to(weight.dtype)
 
 
-def _descend(gram: Tensor, found: Tensor, keep: Tensor, cross: Tensor, errors: Tensor) -> None:
-    """Go down from ``found``, in place, to the least squares on the support ``keep``."""
+def _descend(gram: Tensor, found: Tensor, keep: Tensor, cross: Tensor, worst: Tensor) -> None:
+    """Go down from ``found``, in place, to the least squares on the support ``keep``.
+
+    Args:
+        gram: the Gram matrix, with the ridge.
+        found: weights, 0 where nothing is kept.
+        keep: 0 and 1.
+        cross: the cross moments, with the pull of the ridge.
+        worst: what is minimized, error and ridge, of each row if all weights are 0.
+    """
     scale = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    residual = torch.add(cross, found, alpha=RIDGE).sub_(found @ gram).mul_(keep)
+    residual = cross - found @ gram
+    left = total = float(worst.sum())
+    left -= float((found * (cross + residual)).sum(dtype=torch.float64))
+    residual.mul_(keep)
     direction = residual / scale
     slope = (residual * direction).sum(-1, keepdim=True)
-    left, gained, noise = float(errors.sum()), 0.0, torch.finfo(found.dtype).eps
+    gained, noise = 0.0, torch.finfo(found.dtype).eps * total
     for _ in range(ROUNDS):
         product = (direction @ gram).mul_(keep)
         curvature = (direction * product).sum(-1, keepdim=True)
@@ -165,38 +285,12 @@ def _descend(gram: Tensor, found: Tensor, keep: Tensor, cross: Tensor, errors: T
         found.addcmul_(step, direction)
         gain = float((step * slope).sum())
         gained += gain
-        if not gain > TOLERANCE * max(left - gained, noise * gained):
+        if not gain > TOLERANCE * max(left - gained, noise):
             break
         residual.addcmul_(step, product, value=-1)
         ahead = residual / scale
         before, slope = slope, (residual * ahead).sum(-1, keepdim=True)
         direction.mul_(torch.where(before > 0, slope / before, 0.0)).add_(ahead)
-
-
-def split(problem: Problem, weight: Tensor, choose: Choose) -> Tensor:
-    """Return the mask on which operator splitting (ADMM) between least squares and ``choose`` settles.
-
-    Source: Meng, Behdin, Wang & Mazumder 2024, *ALPS: Improved Optimization for Highly Sparse One-Shot Pruning*,
-    arXiv:2406.07831; Boza 2024, *Fast and Effective Weight Update for Pruned Large Language Models*, arXiv:2401.02938.
-    """
-    gram, cross = problem.damped(weight.dtype)
-    scale = gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
-    gram.div_(scale).div_(scale.mT)
-    cross.add_(weight, alpha=RIDGE).div_(scale)
-    sparse = weight * scale
-    mask = choose(sparse)
-    sparse *= mask
-    dual = torch.zeros_like(sparse)
-    for step in range(SPLITTING):
-        if step % EVERY == 0:
-            penalty = PENALTY * GROWTH ** (step // EVERY)
-            inverse = inverse_of(gram, penalty)
-        for rows in zip(*(t.split(ROWS, 1) for t in (dual, sparse, cross)), strict=True):
-            rows[0].add_(torch.sub(rows[1], rows[0]).mul_(penalty).add_(rows[2]) @ inverse)
-        mask = choose(dual)
-        torch.mul(dual, mask, out=sparse)
-        dual -= sparse
-    return mask
 
 
 def inverse_of(gram: Tensor, shift: float = 0.0) -> Tensor:

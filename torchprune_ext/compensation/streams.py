@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torchprune_ext._rows import MIXED, Seen, sample_axis, seen
 from torchprune_ext._runs import Run
 from torchprune_ext.compensation.coroutines import Coroutine, hand_out
 from torchprune_ext.compensation.solvers import Moments
+from torchprune_ext.compensation.sources import Source
 
 Solve = Callable[[Layer, Moments], Solution]  # the bias is None where it stays
 Tables = Sequence[tuple[dict[str, Any], str, Any]]  # a table of a module, a key in it, and what to put there
@@ -53,6 +55,8 @@ class Pass:
         self.dense = False  # whether it is the reference that runs
         self.kept: list[tuple[dict[str, Any], str]] = []  # where modules keep tensors while a batch goes through
         self.held: dict[Coroutine, list[Any]] = {}
+        self.followed: set[Layer] = set()  # whose input the next layer gets too, in the rehearsal
+        self.before: Moments | None = None  # of the last layer, if it is one of these
 
     def over(self, batches: Sequence[Batch]) -> None:
         """Go through the model with all ``batches``; ``solved`` then holds the new weights of all layers."""
@@ -75,7 +79,7 @@ class Pass:
 
     def _next(self, calls: Sequence[tuple[Coroutine, Coroutine]], batches: Sequence[Batch]) -> bool:
         """Let all batches go on to the next layer and solve it; return False if they have come to the end instead."""
-        reached, moments = None, Moments()
+        reached, moments = None, Moments(self.before)
         for number, ((dense, pruned), batch) in enumerate(zip(calls, batches, strict=True)):
             y, x = self._resume(dense, dense=True), self._resume(pruned, dense=False)
             layers = {None if stop is None else stop[0] for stop in (y, x)} | ({reached} if number else set())
@@ -173,6 +177,7 @@ class Pass:
         With ``zero`` the layers multiply with zeros instead of their weights.
         """
         found: dict[Layer, Seen] = {}
+        sources: list[tuple[Layer, Source | None]] = []
 
         def look(layer: Layer, x: Tensor, multiply: Multiply) -> Tensor:
             if layer in found:
@@ -182,10 +187,13 @@ class Pass:
                 with torch.autocast(x.device.type, enabled=False):
                     layer.check(x)
             found[layer] = seen(x)
+            sources.append((layer, Source.of(x.detach(), *layer.use())))
             return y
 
         with self._instead_of_products(look):
             self.run.output(inputs)
+        pairs = pairwise(sources)
+        self.followed = {layer for (layer, source), (_, other) in pairs if source is not None and source.same(other)}
         return found
 
     # --- the pass
@@ -207,12 +215,17 @@ class Pass:
         if batch.mask is not None:
             keep = mask_rows(batch.mask, len(y) * each // batch.size, layer.label).to(x.device)
         step = max(max(SUMMED_ROWS, SUMMED_NUMBERS // layer.weight[0].numel()) // max(each, 1), 1)
-        for start in range(0, len(x), step):
-            inputs, outputs = layer.inputs(x[start : start + step]), layer.outputs(y[start : start + step])
-            if keep is not None:
-                some = keep[start * each : (start + step) * each]
-                inputs, outputs = inputs[:, some], outputs[:, some]
-            moments.add(inputs, outputs)
+        starts = range(0, len(x), step)
+
+        def of(take: Callable[[Tensor], Tensor], tensor: Tensor, start: int) -> Tensor:
+            rows = take(tensor[start : start + step])
+            return rows if keep is None else rows[:, keep[start * each : (start + step) * each]]
+
+        wanted = layer in self.followed or moments.before is not None
+        source = Source.of(x, batch, axis, *layer.use()) if wanted else None
+        known = moments.reads(source, lambda: (of(layer.inputs, x, start) for start in starts))
+        for start in starts:
+            moments.add(of(layer.inputs, x, start), of(layer.outputs, y, start), known=known)
 
     def _solution(self, layer: Layer, moments: Moments, batches: Sequence[Batch]) -> Solution:
         if not moments.count:
@@ -228,6 +241,8 @@ class Pass:
                 f"{layer.label} gets inputs, or gives outputs, that hold NaN or infinity or have squares beyond the "
                 "range of their dtype. Check the data, or leave such samples out by sample_mask=."
             )
+        moments.followed = layer in self.followed
+        self.before = moments if moments.followed else None
         return self.solve(layer, moments)
 
     def _other_way(self) -> ValueError:

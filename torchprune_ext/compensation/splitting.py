@@ -1,0 +1,95 @@
+r"""Which entries a layer keeps, by operator splitting between least squares and masks. No modules, no hooks."""
+
+from collections.abc import Callable
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from torchprune_ext.compensation.solvers import RIDGE, ROWS, Problem, inverse_of
+
+Choose = Callable[[Tensor], Tensor]  # from values (groups, outputs, inputs) to a mask of the largest, 0 and 1
+STEPS = 20  # of the splitting
+PENALTY, GROWTH, EVERY = 0.2, 1.3, 4  # its penalty at first, and by what it grows every so many steps
+COUNTS = 2  # how often a step counts what its thresholds keep
+
+
+def split(problem: Problem, weight: Tensor, choose: Choose, near: Choose | None = None) -> tuple[Tensor, Tensor]:
+    r"""Return the mask on which operator splitting (ADMM) settles, and weights to start its re-fit from.
+
+    With the Gram matrix :math:`G`, its diagonal 1, and the cross moments :math:`C`, steps alternate between
+
+    .. math::
+        D = (C + \rho (Z - U)) (G + \rho I)^{-1}, \qquad Z = \operatorname{choose}(D + U), \qquad U \leftarrow D + U - Z
+
+    while the penalty :math:`\rho` grows.
+
+    Args:
+        problem: the layer's least squares.
+        weight: the weights as they are, ``(groups, outputs, inputs)``, to which a ridge pulls.
+        choose: gives the mask; it is what the first and the last step use.
+        near: what the steps between use, if that is cheaper and much the same.
+
+    Source: Meng, Behdin, Wang & Mazumder 2024, *ALPS: Improved Optimization for Highly Sparse One-Shot Pruning*,
+    arXiv:2406.07831; Boza 2024, *Fast and Effective Weight Update for Pruned Large Language Models*, arXiv:2401.02938.
+    """
+    gram, cross = problem.damped(weight.dtype)
+    scale = gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
+    gram.div_(scale).div_(scale.mT)
+    cross.add_(weight, alpha=RIDGE).div_(scale)
+    sparse = weight * scale
+    mask = choose(sparse)
+    sparse *= mask
+    dual = torch.zeros_like(sparse)
+    for step in range(STEPS):
+        if step % EVERY == 0:
+            penalty = PENALTY * GROWTH ** (step // EVERY)
+            inverse = _inverse(problem, gram, penalty)
+        for u, z, c in zip(*(t.split(ROWS, 1) for t in (dual, sparse, cross)), strict=True):
+            u.baddbmm_(torch.sub(z, u).mul_(penalty).add_(c), inverse)
+        mask = choose(dual) if near is None or step == STEPS - 1 else near(dual)
+        torch.mul(dual, mask, out=sparse)
+        dual -= sparse
+    return mask, sparse.div_(scale)
+
+
+def _inverse(problem: Problem, gram: Tensor, penalty: float) -> Tensor:
+    """Return the inverse of ``gram`` with the penalty; kept if other layers have the same."""
+    kept, key = problem.inputs.inverses, (gram.dtype, problem.bias is None, penalty)
+    if kept is None:
+        return inverse_of(gram, penalty)
+    if key not in kept:
+        kept[key] = inverse_of(gram, penalty)
+    return kept[key]
+
+
+class Thresholds:
+    """Chooses about ``keep`` entries of each row, those beyond a threshold that follows the values from call to call.
+
+    A call changes each threshold by what it kept too many or too few, as if the values were normally distributed. What
+    is left to correct shrinks from call to call, while the values change little.
+
+    Args:
+        keep: how many entries of a row, at least 1.
+        alive: what earlier pruning left, ``(groups, outputs, inputs)``, 0 and 1; never more than that is kept.
+    """
+
+    def __init__(self, keep: int, alive: Tensor) -> None:
+        self.keep, self.alive = keep, alive
+        self.cuts: Tensor | None = None
+        normal, inputs = NormalDist(), alive.shape[-1]
+        place = normal.inv_cdf(1 - min(keep / inputs, 0.99) / 2)
+        self.rate = 1 / (2 * place * normal.pdf(place) * inputs)  # of the threshold's logarithm, for an entry too many
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return the mask for ``values``, of the shape of ``alive``."""
+        sizes = values.abs().mul_(self.alive)
+        if self.cuts is None:
+            least = max(values.shape[-1] - self.keep, 1)
+            self.cuts = sizes.kthvalue(least, dim=-1, keepdim=True).values
+        mask = torch.empty_like(sizes)
+        for _ in range(COUNTS):
+            torch.gt(sizes, self.cuts, out=mask)
+            off = mask.sum(-1, keepdim=True).sub_(self.keep)
+            self.cuts *= off.mul_(self.rate).clamp_(-0.5, 0.5).exp_()
+        return torch.gt(sizes, self.cuts, out=mask)
