@@ -340,7 +340,7 @@ REFUSED = {
         "take different ways",
     ),
     "other order": (OtherOrder, lambda: data((4,), (5, 1, 5)), {}, pairs, ValueError, "take different ways"),
-    "process_group": (two, lambda: EIGHT, {"process_group": object()}, pairs, ValueError, "process_group="),
+    "process_group": (two, lambda: EIGHT, {"process_group": object()}, pairs, TypeError, "process_group="),
     "unknown option": (two, lambda: EIGHT, {"epochs": 3}, pairs, TypeError, "epochs"),
     "second batch raises": (Breaks, lambda: data((4,), (5, 2, 4)), {}, pairs, ArithmeticError, "on purpose"),
     "first batch raises": (Breaks, lambda: data((4,), (2, 5)), {}, pairs, ArithmeticError, "on purpose"),

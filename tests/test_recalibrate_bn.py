@@ -358,11 +358,11 @@ def test_an_interrupt_while_statistics_are_written_puts_the_old_ones_back(monkey
 
     written = batch_norm._write
 
-    def write(found, batches):
+    def write(*args):
         kept = model[5]._buffers["running_mean"]
         model[5]._buffers["running_mean"] = kept.as_subclass(Interrupting)
         try:
-            written(found, batches)
+            written(*args)
         finally:
             model[5]._buffers["running_mean"] = kept
 

@@ -1,14 +1,20 @@
 """A few numbers that tell whether a tensor still has the values that it had: no copy is kept, and it is read once."""
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from torchprune_ext._ranks import Ranks
 
 LENGTH = 1 << 14  # entries that share a row of directions
 NUMBERS = 8  # projections; all of them would have to agree by chance
+WORDS, ODD = 1 << 16, 0x9E3779B97F4A7C15  # summed at once; what each sum moves those before it by
 ROUNDING = 1e-5  # of the norm: what sums in another order may differ by
 
 
@@ -59,6 +65,42 @@ class Fingerprint:
 
 
 LOST = Fingerprint((), (math.nan,) * NUMBERS, 0.0, 0.0)  # of values that are gone: no tensor matches it
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return a number that differs, in all likelihood, if any bit of ``tensor`` does; the same on all devices."""
+    flat = tensor.detach().reshape(-1)
+    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    words = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    factors = _factors().to(words.device)
+    total = len(words)
+    for some in words.split(WORDS):
+        total = total * ODD + int((some.long() * factors[: len(some)]).sum())  # which wraps around
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def agree_on(ranks: Ranks, what: str, tensors: Mapping[str, Any], remedy: str) -> None:
+    """Raise ``RuntimeError`` on all ranks unless all pass the same ``tensors``, bit for bit."""
+    if ranks.group is not None:
+        with ranks.together():
+            checksums = {name: checksum(torch.as_tensor(tensor)) for name, tensor in tensors.items()}
+        ranks.equal(what, checksums, remedy)
+
+
+def agree_on_values(ranks: Ranks, model: nn.Module, *, but: Collection[Tensor] = ()) -> None:
+    """Raise ``RuntimeError`` on all ranks unless their models have the same values, ``but`` for those of some."""
+    left = {id(tensor) for tensor in but}
+    tensors = {n: t for n, t in chain(model.named_parameters(), model.named_buffers()) if id(t) not in left}
+    remedy = "Give all ranks those of the first, e.g. by torch.distributed.broadcast(tensor, 0) for each of them."
+    agree_on(ranks, "the values of the model", tensors, remedy)
+
+
+@lru_cache(maxsize=1)
+def _factors() -> Tensor:
+    """Return odd numbers of 64 bits, ``(WORDS,)``: the same everywhere."""
+    with torch.inference_mode(False):
+        generator = torch.Generator("cpu").manual_seed(0)
+        return torch.randint(-(2**63), 2**63 - 1, (WORDS,), generator=generator, device="cpu") | 1
 
 
 @lru_cache(maxsize=1)

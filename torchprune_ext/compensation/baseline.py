@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from torchprune_ext._host import Target
 from torchprune_ext._layers import Layer
 from torchprune_ext._loading import Options
+from torchprune_ext._ranks import Ranks
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.fitting import Fits, Task
 from torchprune_ext.compensation.goals import Sparsity, along_inputs, check_goal, goals_of
@@ -45,7 +46,7 @@ def sparsegpt(
             what is pruned already counted in; or one for each listed tensor, as ``{(module, name): fraction}``.
         pattern: instead of it, ``NM(n, m)`` along the input features or channels.
         dense: the reference model, see :func:`.compensate`.
-        **options: see :class:`.Options`, without ``process_group``.
+        **options: see :class:`.Options`.
 
     Returns:
         The error of each layer before and after, as :class:`.Fit`.
@@ -66,9 +67,11 @@ def sparsegpt(
         >>> int(layer.weight_mask.sum())
         16
     """
-    check_goal(target_sparsity, pattern)
-    task = Task.of(model, loader, params, dense, options, biases=False)
-    goals = {} if target_sparsity is None else goals_of(task.targets, target_sparsity)
+    with Ranks(options.get("process_group")).together():
+        check_goal(target_sparsity, pattern)
+        task = Task.of(model, loader, params, dense, options, biases=False)
+        goals = {} if target_sparsity is None else goals_of(task.targets, target_sparsity)
+    task.agree("sparsegpt", goals=goals, pattern=pattern)
 
     def decide(layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         goal = pattern if pattern is not None else goals[layer.module, layer.name]

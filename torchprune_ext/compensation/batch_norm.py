@@ -18,10 +18,11 @@ from typing_extensions import Unpack
 
 from torchprune_ext._batches import Batch, check_mask, mask_rows
 from torchprune_ext._checks import check_module, warn
+from torchprune_ext._fingerprints import agree_on_values
 from torchprune_ext._loading import Options, taken, with_progress
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._rows import find_sample_axes
-from torchprune_ext._runs import Run, calibrating, wide
+from torchprune_ext._runs import Run, calibrating, refuse_lazy, wide
 from torchprune_ext.compensation.coroutines import Coroutine, hand_out
 
 Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
@@ -66,19 +67,24 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], **options: Unpack[Op
         >>> bn.running_mean, bn.running_var
         (tensor([3.]), tensor([7.]))
     """
-    check_module("model", model)
-    layers = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    tracking: dict[nn.Module, str] = {
-        module: name for module, name in layers.items() if module.running_mean is not None
-    }
-    if not tracking:
-        without = f": {list(layers.values())} are of track_running_stats=False" if layers else ""
-        raise ValueError(f"model has no BatchNorm with running statistics{without}. There is nothing to estimate.")
+    ranks = Ranks(options.get("process_group"))
+    with ranks.together():
+        check_module("model", model)
+        refuse_lazy(model)
+        layers = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+        tracking: dict[nn.Module, str] = {
+            module: name for module, name in layers.items() if module.running_mean is not None
+        }
+        if not tracking:
+            without = f": {list(layers.values())} are of track_running_stats=False" if layers else ""
+            raise ValueError(f"model has no BatchNorm with running statistics{without}. There is nothing to estimate.")
+        raw = taken(loader, options)
+        bar = with_progress(tracking, "recalibrate_bn", None, options.get("progress"))
+    agree_on_values(ranks, model, but=[buffer for layer in tracking for buffer in layer.buffers(recurse=False)])
     quiet: Options = {**options, "progress": False}  # the bar counts layers
-    bar = with_progress(tracking, "recalibrate_bn", None, options.get("progress"))
     with calibrating(model, None, quiet) as run:
-        with run.ranks.together():
-            batches = list(run.batches(taken(loader, options), ""))
+        with ranks.together():
+            batches = list(run.batches(raw, ""))
         found = _Pass(run, tracking).over(batches, bar)
         count = run.ranks.total(len(batches))
     missed = [name for layer, name in tracking.items() if layer not in found]
@@ -86,11 +92,11 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], **options: Unpack[Op
         raise ValueError(f"no BatchNorm is called in eval mode: {missed}. There is nothing to estimate.")
     if missed:
         warn(f"recalibrate_bn: {missed} are not called in eval mode, and stay as they are.")
-    _write(found, count)
+    _write(found, count, ranks)
 
 
-def _write(found: Statistics, batches: int) -> None:
-    """Write the statistics into the layers, all of them or none."""
+def _write(found: Statistics, batches: int, ranks: Ranks) -> None:
+    """Write the statistics into the layers, all of them on all ranks, or none."""
     new: list[tuple[Tensor, Tensor]] = []
     for layer, (mean, variance) in found.items():
         named = {"running_mean": mean, "running_var": variance, "num_batches_tracked": torch.tensor(batches)}
@@ -100,8 +106,9 @@ def _write(found: Statistics, batches: int) -> None:
     old = [(buffer, buffer.clone()) for buffer, _ in new]
     with torch.inference_mode():  # buffers that were made in it can only be written in it
         try:
-            for buffer, values in new:
-                buffer.copy_(values)
+            with ranks.together():
+                for buffer, values in new:
+                    buffer.copy_(values)
         except BaseException:
             for buffer, values in old:
                 buffer.copy_(values)

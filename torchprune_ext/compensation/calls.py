@@ -12,6 +12,7 @@ from torchprune_ext._checks import check_whole
 from torchprune_ext._host import Target
 from torchprune_ext._layers import Layer
 from torchprune_ext._loading import Options
+from torchprune_ext._ranks import Ranks
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.fitting import Fits, Task
 from torchprune_ext.compensation.goals import Sparsity, Units, along_inputs, check_goal, goals_of, units_of, width_of
@@ -62,7 +63,7 @@ def compensate(
         dense: the reference model: a copy of the model from before pruning, its state dict, or what
             :func:`.dense_values` returned then. Needed when pruning and re-fitting, or training, take turns.
         create_bias: give layers that were made with ``bias=False`` one.
-        **options: see :class:`.Options`, without ``process_group``.
+        **options: see :class:`.Options`.
 
     Returns:
         The error of each layer before and after, as :class:`Fit`; no row of a weight gets worse on the data given.
@@ -86,7 +87,9 @@ def compensate(
         >>> fit.before > 0.05, fit.after < 0.01, bool(layer.weight_orig[0, 0] > 2.9)
         (True, True, True)
     """
-    task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
+    with Ranks(options.get("process_group")).together():
+        task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
+    task.agree("compensate")
     found, fits = task.fit()
     task.install(found, lambda target: None if target.mask is None else GlobalPruning("compensate"))
     return fits
@@ -154,7 +157,7 @@ def prune_and_compensate(
             ``"obs"`` with units.
         dense: the reference model, see :func:`compensate`.
         create_bias: give layers without a bias one.
-        **options: see :class:`.Options`, without ``process_group``.
+        **options: see :class:`.Options`.
 
     Returns:
         The error of each layer before and after, as :class:`Fit`.
@@ -197,14 +200,18 @@ def prune_and_compensate(
         4
     """
     limit = Limit(target_macs, target_parameters, round_to, min_keep)
-    if limit.given(target_sparsity=target_sparsity, pattern=pattern, criterion=criterion, steps=steps):
-        return prune_to_limit(Task.of(model, loader, params, dense, options, create_bias=create_bias), limit, unit)
-    criterion, steps = _checked(criterion, steps, unit)
-    check_goal(target_sparsity, pattern, unit)
-    task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
-    units = units_of(task.targets, unit)
-    goals = {} if target_sparsity is None else goals_of(task.targets, target_sparsity, units)
-    choice = _Choice(criterion, steps, goals, units, pattern)
+    with Ranks(options.get("process_group")).together():
+        whole = limit.given(target_sparsity=target_sparsity, pattern=pattern, criterion=criterion, steps=steps)
+        if not whole:
+            criterion, steps = _checked(criterion, steps, unit)
+            check_goal(target_sparsity, pattern, unit)
+        task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
+        units = None if whole else units_of(task.targets, unit)
+        goals = {} if target_sparsity is None else goals_of(task.targets, target_sparsity, units)
+    task.agree("prune_and_compensate", limit=limit, goals=goals, unit=unit, pattern=pattern, by=(criterion, steps))
+    if whole:
+        return prune_to_limit(task, limit, unit)
+    choice = _Choice(criterion or "admm", steps, goals, units, pattern)
     found, fits = task.fit(choice.decide, check=choice.width)
     task.install(found, choice.entry)
     return fits

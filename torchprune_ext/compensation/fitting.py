@@ -4,19 +4,21 @@ Nothing here changes the model: what a pass has found is returned, and whoever a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchprune_ext._checks import check_module, leave_out, warn
+from torchprune_ext._fingerprints import agree_on, agree_on_values
 from torchprune_ext._host import Target, install, pruned, remember_dense, rewrite, targets_of, warn_of_zeros
 from torchprune_ext._layers import Layer, Solution
 from torchprune_ext._loading import Options, taken, with_progress
+from torchprune_ext._ranks import Ranks
 from torchprune_ext._restoring import all_or_nothing
-from torchprune_ext._runs import calibrating, wide
+from torchprune_ext._runs import calibrating, refuse_lazy, wide
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.reference import Dense, reference_tables
 from torchprune_ext.compensation.solvers import Moments, Problem, refit
@@ -102,12 +104,51 @@ class Task:
             create_bias: also give layers that were made without a bias one.
         """
         targets = _targets(model, params)
+        refuse_lazy(model)
         warn_of_zeros({target.where: target for target in targets})
-        if options.get("process_group") is not None:
-            raise ValueError("process_group= is not supported here: each layer is fitted in one process. Leave it out.")
         reference = reference_tables(model, targets, dense)
         free = _free_biases(model, targets, create_bias) if biases else frozenset()
         return cls(model, targets, free, reference, dense is not None, taken(loader, options), options)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the call."""
+        return Ranks(self.options.get("process_group"))
+
+    def agree(self, call: str, **arguments: object) -> None:
+        """Raise ``RuntimeError`` on all ranks unless all make the same ``call`` of the same model.
+
+        Args:
+            call: name of the function.
+            arguments: its arguments, but for the data; what is given for each tensor is keyed by tensors.
+        """
+        ranks = self.ranks
+        if ranks.group is None:
+            return
+        listed = self._names()
+
+        def told(value: object) -> object:
+            return {listed.get(key, key): each for key, each in value.items()} if isinstance(value, Mapping) else value
+
+        words = [f"{key}={told(value)!r}" for key, value in arguments.items()]
+        fitted = [name for key, name in listed.items() if key[0] in self.biases]
+        words += [f"dense={'given' if self.whole else None}"]
+        ranks.agree("the calls", f"{call}({', '.join(words)}) of {list(listed.values())}, with the biases of {fitted}")
+        agree_on_values(ranks, self.model)
+        dense = {str(i): value for i, (_, _, value) in enumerate(self.reference) if isinstance(value, Tensor)}
+        if self.whole:
+            agree_on(ranks, "the tensors of dense=", dense, "Pass the same on all ranks.")
+
+    def agree_on(self, what: str, tensors: Mapping[Key, Any], remedy: str) -> None:
+        """Raise ``RuntimeError`` on all ranks unless ``what`` all pass for the listed tensors is the same."""
+        agree_on(self.ranks, what, {name: tensors[key] for key, name in self._names().items()}, remedy)
+
+    def _names(self) -> dict[Key, str]:
+        """Return the names of the listed tensors in the model."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return {
+            (each.module, each.name): names[id(Target.of(each.module, each.name).parameter)] for each in self.targets
+        }
 
     def fit(
         self,
@@ -131,11 +172,13 @@ class Task:
         targets = [Target.of(target.module, target.name) for target in self.targets]
         quiet: Options = {**self.options, "progress": False}  # the bar counts layers
         with calibrating(self.model, [(target.module, target.name) for target in targets], quiet) as run:
-            layers = [Layer(target.module, target.name, name) for target, name in zip(targets, run.names, strict=True)]
+            with run.ranks.together():
+                layers = [Layer(each.module, each.name, name) for each, name in zip(targets, run.names, strict=True)]
+                bar = with_progress(
+                    layers, "compensate", None, self.options.get("progress") if progress is None else progress
+                )
+                batches = list(run.batches(self.batches, ""))
             given = dict(zip(layers, targets, strict=True))
-            bar = with_progress(
-                layers, "compensate", None, self.options.get("progress") if progress is None else progress
-            )
             steps = iter(bar)
 
             def solve(layer: Layer, moments: Moments) -> Solution:
@@ -159,8 +202,13 @@ class Task:
                 return layer.shaped(new), None if bias is None else bias.reshape(-1)
 
             walk = Pass(run, layers, self.reference, solve)
-            walk.over(list(run.batches(self.batches, "")))
+            walk.over(batches)
             next(steps, None)
+            for key, fit in fits.items():
+                errors = run.ranks.first(
+                    torch.tensor([fit.before, fit.after], dtype=torch.float64, device="cpu")
+                ).tolist()
+                masks[key], fits[key] = run.ranks.first(masks[key]), replace(fit, before=errors[0], after=errors[1])
         found = []
         for layer, target in zip(layers, targets, strict=True):
             weight, bias = walk.solved[layer]
@@ -177,16 +225,18 @@ class Task:
         quiet: Options = {**self.options, "progress": False}
         targets = [Target.of(*key) for key in keys]
         with calibrating(self.model, keys, quiet) as run:
-            layers = [Layer(*key, name) for key, name in zip(keys, run.names, strict=True)]
+            with run.ranks.together():
+                layers = [Layer(*key, name) for key, name in zip(keys, run.names, strict=True)]
+                steps = iter(with_progress(layers, "costs of units", None, self.options.get("progress")))
+                batches = list(run.batches(self.batches, ""))
             given = dict(zip(layers, targets, strict=True))
-            steps = iter(with_progress(layers, "costs of units", None, self.options.get("progress")))
 
             def solve(layer: Layer, moments: Moments) -> Solution:
                 see(layer, *self._posed(layer, given[layer], moments))
                 next(steps, None)
                 return layer.weight, None
 
-            Pass(run, layers, self.reference, solve).over(list(run.batches(self.batches, "")))
+            Pass(run, layers, self.reference, solve).over(batches)
             next(steps, None)
 
     def _posed(self, layer: Layer, target: Target, moments: Moments) -> tuple[Problem, Tensor, Tensor]:
@@ -201,7 +251,7 @@ class Task:
     def install(self, found: Sequence[Fitted], entry: Callable[[Target], GlobalPruning | None]) -> None:
         """Install what a pass has found, with a mask and an ``entry`` in the history if there is one, or nothing."""
         dense = {(id(table), key): value for table, key, value in self.reference}
-        with all_or_nothing(target.module for target in self.targets):
+        with all_or_nothing(target.module for target in self.targets), self.ranks.together():
             for fitted in found:
                 target = fitted.target
                 if target.mask is not None:

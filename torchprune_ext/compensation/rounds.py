@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 from torchprune_ext._checks import check_whole, errors_about
 from torchprune_ext._host import Target
 from torchprune_ext._loading import Options, with_progress
+from torchprune_ext._ranks import Ranks
 from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.fitting import Fits, Task, tell
@@ -18,6 +19,10 @@ from torchprune_ext.global_pruning.budget import Budget
 from torchprune_ext.global_pruning.entries import global_unstructured
 from torchprune_ext.schedules import geometric_mean
 
+SAME = (
+    "Let it return the same on all ranks: pass process_group= to the calls of calibration in it, or add up what each "
+    "rank finds by torch.distributed.all_reduce."
+)
 Criterion = Callable[[nn.Module], Mapping[Key, Tensor]]
 
 
@@ -50,7 +55,7 @@ def prune_in_rounds(
         steps: number of rounds.
         dense: the reference model, see :func:`.compensate`.
         create_bias: give layers without a bias one.
-        **options: see :class:`.Options`, without ``process_group``.
+        **options: see :class:`.Options`.
 
     Returns:
         The error of each layer before and after the last re-fit, as :class:`.Fit`.
@@ -70,32 +75,37 @@ def prune_in_rounds(
         >>> sum(int(layer.weight_mask.sum()) for layer, _ in params)  # of 96
         24
     """
-    if not callable(criterion):
-        raise TypeError(
-            f"criterion={criterion!r} is a {type(criterion).__name__}. Pass a function of the model that returns "
-            "{(module, name): scores}; for the criteria that have names, see prune_and_compensate."
-        )
-    check_whole("steps", steps, 1)
-    task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
-    goals = goals_of(task.targets, target_sparsity)
-    if not all(goal < 1 for goal in goals.values()):
-        raise ValueError(f"target_sparsity={target_sparsity!r} leaves nothing to re-fit. Pass less than 1.0.")
-    budgets = [([key], goal) for key, goal in goals.items()]
-    if not isinstance(target_sparsity, Mapping):
-        budgets = [(list(goals), target_sparsity)]
-    left = []
-    for keys, goal in budgets:
-        alive, total = _counts(Target.of(*key) for key in keys)
-        Budget(None, goal, 1).count(alive, total, "entries")  # raises where more is pruned already
-        left.append(alive / max(total, 1))
+    ranks = Ranks(options.get("process_group"))
+    with ranks.together():
+        if not callable(criterion):
+            raise TypeError(
+                f"criterion={criterion!r} is a {type(criterion).__name__}. Pass a function of the model that returns "
+                "{(module, name): scores}; for the criteria that have names, see prune_and_compensate."
+            )
+        check_whole("steps", steps, 1)
+        task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
+        goals = goals_of(task.targets, target_sparsity)
+        if not all(goal < 1 for goal in goals.values()):
+            raise ValueError(f"target_sparsity={target_sparsity!r} leaves nothing to re-fit. Pass less than 1.0.")
+        budgets = [([key], goal) for key, goal in goals.items()]
+        if not isinstance(target_sparsity, Mapping):
+            budgets = [(list(goals), target_sparsity)]
+        left = []
+        for keys, goal in budgets:
+            alive, total = _counts(Target.of(*key) for key in keys)
+            Budget(None, goal, 1).count(alive, total, "entries")  # raises where more is pruned already
+            left.append(alive / max(total, 1))
+    task.agree("prune_in_rounds", goals=goals, each=len(budgets), steps=steps)
     fits: Fits = {}
     with all_or_nothing(target.module for target in task.targets):
         bar: Any = with_progress(range(1, steps + 1), "prune and compensate", None, options.get("progress"))
         for step in bar:
-            scores = _scores(criterion, model, task)
+            with ranks.together():
+                scores = _scores(criterion, model, task)
+            task.agree_on("the scores of criterion(model)", scores, SAME)
             for (keys, goal), share in zip(budgets, left, strict=True):
                 now = 1 - geometric_mean(share, 1 - goal, step / steps) if step < steps else goal
-                with errors_about("criterion(model)"):
+                with ranks.together(), errors_about("criterion(model)"):
                     global_unstructured(keys, target_sparsity=now, importance_scores={key: scores[key] for key in keys})
             found, fits = task.fit(progress=False)
             task.install(found, lambda _: None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchprune_ext._ranks import Ranks
 from torchprune_ext.compensation.sources import Source
 
 RIDGE = 3e-3  # of the mean diagonal of the Gram matrix
@@ -75,10 +76,7 @@ class Moments:
             return
         x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
         if not self.count:
-            self.origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
-            groups, inputs, outputs = len(x), x.shape[2], y.shape[2]
-            shapes = [(groups, inputs), (groups, outputs), (groups, inputs, inputs), (groups, outputs, inputs)]
-            self.sums = [x.new_zeros(shape, dtype=torch.float64) for shape in [*shapes, (groups, outputs)]]
+            self._start(x.mean(1, keepdim=True), y.mean(1, keepdim=True))
         x, y = x - self.origin[0], y - self.origin[1]
         sum_x, sum_y, gram, cross, energy = self.sums
         sum_x += x.sum(1)
@@ -89,6 +87,45 @@ class Moments:
             rows += left.mT @ x
             squares += left.square().sum(1)
         self.count += x.shape[1]
+
+    def _start(self, x: Tensor, y: Tensor) -> None:
+        """Take all sums, of which there are none yet, about ``x`` and ``y``."""
+        self.origin = x, y
+        groups, inputs, outputs = len(x), x.shape[2], y.shape[2]
+        shapes = [(groups, inputs), (groups, outputs), (groups, inputs, inputs), (groups, outputs, inputs)]
+        self.sums = [x.new_zeros(shape, dtype=torch.float64) for shape in [*shapes, (groups, outputs)]]
+
+    def over(self, ranks: Ranks, matrix: Tensor) -> None:
+        """Make these the moments of the samples of all ranks, on each of them; ``matrix`` is the layer's weight as one.
+
+        Each rank takes its own about the mean of all samples before they are added. Inputs are those of the moments
+        before only if they are so on all ranks.
+        """
+        if ranks.group is None:
+            return
+        count, sharing = ranks.totals(self.count, self.shares)
+        if not count:
+            return
+        if sharing < ranks.size:
+            self.part()
+        if not self.count:
+            self._start(
+                matrix.new_zeros(len(matrix), 1, matrix.shape[2]), matrix.new_zeros(len(matrix), 1, matrix.shape[1])
+            )
+        old = [origin.squeeze(1).double() for origin in self.origin]
+        new = [ranks.sum(self.count * one + total) / count for one, total in zip(old, self.sums, strict=False)]
+        self.origin = new[0].unsqueeze(1), new[1].unsqueeze(1)
+        (sum_x, sum_y, gram, cross, energy), (by_x, by_y) = self.sums, (old[0] - new[0], old[1] - new[1])
+        energy += by_y * (2 * sum_y + self.count * by_y)
+        for total, sums, by in ((gram, sum_x, by_x), (cross, sum_y, by_y)):
+            total.baddbmm_(by.unsqueeze(-1), (sum_x + self.count * by_x).unsqueeze(-2))
+            total.baddbmm_(sums.unsqueeze(-1), by_x.unsqueeze(-2))
+        sum_x += self.count * by_x
+        sum_y += self.count * by_y
+        for place, total in enumerate(self.sums):  # one after the other, since the copy on its way may be large
+            if total is not gram or not self.shares:
+                self.sums[place] = ranks.sum(total)
+        self.count = count
 
     def problem(self, bias: Tensor | None) -> "Problem":
         """Return the least squares with the best bias for each weight, or with a fixed ``bias``, (groups, outputs).

@@ -60,11 +60,11 @@ class Pass:
 
     def over(self, batches: Sequence[Batch]) -> None:
         """Go through the model with all ``batches``; ``solved`` then holds the new weights of all layers."""
-        for batch in batches:
-            check_mask(batch.mask, batch.size)  # which refuses a batch without samples too
-        masked = any(batch.mask is not None for batch in batches)
         with torch.no_grad():
-            self._rehearse(batches[0], sample_axes=masked)
+            with self.run.ranks.together():
+                for batch in batches:
+                    check_mask(batch.mask, batch.size)  # which refuses a batch without samples too
+                self._rehearse(batches[0], sample_axes=any(batch.mask is not None for batch in batches))
             device = self.run.tensors[0].device.type
             works = [partial(self.run.output, batch.inputs) for batch in batches]
             calls = [(Coroutine(work, device), Coroutine(work, device)) for work in works]
@@ -79,6 +79,23 @@ class Pass:
 
     def _next(self, calls: Sequence[tuple[Coroutine, Coroutine]], batches: Sequence[Batch]) -> bool:
         """Let all batches go on to the next layer and solve it; return False if they have come to the end instead."""
+        ranks = self.run.ranks
+        with ranks.together():
+            reached, moments = self._advance(calls, batches)
+        ranks.agree("the layers that data reaches", "none" if reached is None else reached.label)
+        if reached is None:
+            return False
+        moments.over(ranks, reached.matrix(reached.weight))
+        with ranks.together():
+            weight, bias = self._solution(reached, moments, batches)
+        # All ranks have solved the same, but machines may round in different ways.
+        self.solved[reached] = ranks.first(weight), None if bias is None else ranks.first(bias)
+        return True
+
+    def _advance(
+        self, calls: Sequence[tuple[Coroutine, Coroutine]], batches: Sequence[Batch]
+    ) -> tuple[Layer | None, Moments]:
+        """Let all batches of this rank go on to the next layer, and return it with its moments."""
         reached, moments = None, Moments(self.before)
         for number, ((dense, pruned), batch) in enumerate(zip(calls, batches, strict=True)):
             y, x = self._resume(dense, dense=True), self._resume(pruned, dense=False)
@@ -90,9 +107,7 @@ class Pass:
                 self._bring(moments, reached, x[1], y[1], batch)
         if reached is None and len(self.solved) < len(self.layers):
             raise self._other_way()
-        if reached is not None:
-            self.solved[reached] = self._solution(reached, moments, batches)
-        return reached is not None
+        return reached, moments
 
     def _resume(self, call: Coroutine, *, dense: bool) -> tuple[Layer, Tensor] | None:
         """Let ``call`` go on, as the reference if ``dense``, with the tensors that modules held when it stopped."""

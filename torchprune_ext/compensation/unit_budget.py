@@ -139,13 +139,17 @@ def prune_to_limit(task: Task, limit: Limit, unit: Units | None) -> Fits:
         limit: what may be left.
         unit: what the caller takes for the units of the listed tensors; checked against what they are.
     """
-    device = task.targets[0].parameter.device
-    inputs = Batch(task.batches[0], task.options, device).inputs
-    with torch.autocast(device.type, enabled=False):  # which would multiply with copies of the weights
+    ranks, device = task.ranks, task.targets[0].parameter.device
+    with ranks.together(), torch.autocast(device.type, enabled=False):  # which would multiply with copies of weights
+        inputs = Batch(task.batches[0], task.options, device).inputs
         kinds, others = _kinds(graph_of(task.model, inputs), task.targets, unit)
         kinds = _cuttable(task.model, inputs, kinds, limit, others)
-        shares = _shares(task.model, inputs, kinds, limit)
-    _refuse_unreachable(shares, limit, others)
+        prices, whole = _prices(task.model, inputs, limit)
+    ranks.agree("the units of the model", str([(kind.group.names, kind.group.size) for kind in kinds] + list(prices)))
+    *each, whole = ranks.first(torch.tensor([*prices.values(), whole], dtype=torch.int64, device="cpu")).tolist()
+    shares = _shares(kinds, dict(zip(prices, each, strict=True)), whole, limit)
+    with ranks.together():
+        _refuse_unreachable(shares, limit, others)
     kept = shares.most
     if shares.fraction(kept) > limit.target:
         shares = shares.near_even(limit.target)
@@ -197,6 +201,9 @@ def _look(task: Task, kinds: Sequence[Kind], fewest: Sequence[int]) -> None:
                 kind.parts.clear()
 
     task.look(list(readers), see)
+    for kind in kinds:
+        kind.order[:] = task.ranks.first(torch.tensor(kind.order, dtype=torch.int64, device="cpu")).tolist()
+        kind.costs[:] = task.ranks.first(torch.tensor(kind.costs, dtype=torch.float64, device="cpu")).tolist()
 
 
 def _kinds(groups: Sequence[Group], targets: Sequence[Target], unit: Units | None) -> tuple[list[Kind], list[str]]:
@@ -261,15 +268,18 @@ def _check_unit(unit: Channel | None, member: Member) -> None:
             raise ValueError(f"the model's units are {size} neighbours. Pass {sizes}, or leave unit out.")
 
 
-def _shares(model: nn.Module, inputs: Any, kinds: Sequence[Kind], limit: Limit) -> Shares:
-    """Return what the units take of the budget."""
+def _prices(model: nn.Module, inputs: Any, limit: Limit) -> tuple[dict[str, int], int]:
+    """Return what each weight takes of the budget, by its name, and what the whole model takes."""
     if limit.target_macs is not None:
         with evaluating(model):
-            prices, whole = macs_by_weight(model, lambda: call(model, inputs))
-    else:
-        with as_plain(model):
-            prices = {name: each.numel() for name, each in model.named_parameters()}
-        whole = sum(prices.values())
+            return macs_by_weight(model, lambda: call(model, inputs))
+    with as_plain(model):
+        prices = {name: each.numel() for name, each in model.named_parameters()}
+    return prices, sum(prices.values())
+
+
+def _shares(kinds: Sequence[Kind], prices: Mapping[str, int], whole: int, limit: Limit) -> Shares:
+    """Return what the units take of the budget."""
     losses: dict[str, list[tuple[int, int, int]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for place, kind in enumerate(kinds):
