@@ -273,19 +273,16 @@ def patterns_by_loops(alive, parts):
     found, kept = [], int(alive.sum())
     if kept in (0, alive.numel()):
         return found
+    density = kept / alive.numel()
+    for axis in range(alive.dim()):  # whole rows, kernels, ...: one entry stands for all
+        if all(torch.equal(alive.select(axis, 0), alive.select(axis, i)) for i in range(alive.shape[axis])):
+            alive = alive.narrow(axis, 0, 1)
     for axis in range(alive.dim()):
-        own = parts if axis == 0 else 1
-        lines = [alive.select(axis, i) for i in range(alive.shape[axis])]
-        strewn = alive
-        if sum(line.numel() for line in lines if line.any()) == kept:  # of whole slices
-            strewn = torch.stack([line.any() for line in lines]).view(
-                [len(lines) if place == axis else 1 for place in range(alive.dim())]
-            )
-        density, holding = kept / alive.numel(), []
+        own, holding = parts if axis == 0 else 1, []
         for m in (2, 4, 8, 16):
             if m > alive.shape[axis] // own:
                 continue
-            counts, even = zip(*groups_of(strewn, axis, m, own), strict=True)
+            counts, even = zip(*groups_of(alive, axis, m, own), strict=True)
             for n in range(1, m):
                 exact = all(count == n for count in counts) and all(even)
                 if exact or (n in (1, 2, 4, 8) and 2 * n <= m and max(counts) <= n):
@@ -377,7 +374,7 @@ def test_the_last_entry_of_a_large_tensor_counts():
     alive[:, torch.arange(0, 400, 4)] = True
     alive[::2] = alive[::2].roll(1, 1)
     assert tightest(patterns_in(alive)) == [NM(1, 2, 0), NM(1, 4, 1)]
-    alive[399, 398:] = True
+    alive[399, 399] = True
     assert NM(1, 4, 1) not in patterns_in(alive)
     assert NM(2, 4, 1) in patterns_in(alive)
     alive[399, 396:] = True
@@ -615,7 +612,7 @@ def test_refusals(arguments, error, words):
 
 
 def test_a_thousand_layers_are_read_in_a_second():
-    mask = (torch.arange(64 * 64) % 10 == 0).view(64, 64)
+    mask = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.1
     layers = [prune.custom_from_mask(nn.Linear(64, 64), "weight", mask) for _ in range(1000)]
     model = nn.Sequential(*layers)
     start = time.process_time()  # of this process, whatever else the machine does

@@ -33,9 +33,9 @@ def report(model: nn.Module, example_inputs: Any = None, *, threads: int | None 
     axis that is as long: no group keeps more than N, where N is a power of two and at most M / 2, or each group keeps
     exactly N < M. So 2:4 is also 4:8, and 1:4 is also 2:4; the table shows those that the others follow from. A short
     last group counts as filled with zeros (``pad=True`` there). Left out is what says nothing: a pattern that as many
-    entries, strewn at random, would show with a probability of 5 % or more. So a tensor of which all or nothing is kept
-    has none, and one that is almost empty has not each loose one; whether a layer *can* run as 2:4 is what
-    :func:`.semi_structured_report` tells.
+    entries (or rows, or kernels, where whole ones are gone), strewn at random, would show with a probability of 5 % or
+    more. So a tensor of which all or nothing is kept has none, and one that is almost empty has not each loose one;
+    whether a layer *can* run as 2:4 is what :func:`.semi_structured_report` tells.
 
     Args:
         model: any module, pruned or not, by whatever method.
