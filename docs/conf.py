@@ -9,7 +9,7 @@ from mpl_toolkits.mplot3d import Axes3D
 from sphinx.application import Sphinx
 
 from torchprune_ext import __version__ as release  # noqa: F401
-from torchprune_ext.plots import curves, weights
+from torchprune_ext.plots import costs, curves, masks, steps, weights
 
 project = "torchprune_ext"
 author = "torchprune_ext contributors"
@@ -23,7 +23,7 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 # What the annotations of plots mean, which imports matplotlib only when it draws.
-for module in (curves, weights):
+for module in (costs, curves, masks, steps, weights):
     vars(module).update(Axes=Axes, Axes3D=Axes3D)
 
 html_theme = "furo"

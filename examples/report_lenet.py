@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import torchprune_ext as tpe
+from torchprune_ext import plots
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,11 +71,13 @@ def main(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         rounds=arguments.rounds,
     )
-    print(
-        f"{platform.machine()}, torch {torch.__version__}; {len(digits.test):,} {digits.name} test images; batch of 64\n"
-    )
+    print(f"{platform.machine()}, torch {torch.__version__}; {len(digits.test):,} {digits.name} test images\n")
     print(report)
     print(f"\n{comparison}")
+    if arguments.plots:
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        for name, ax in {"report": plots.density_bars(report), "compare": plots.compare(comparison)}.items():
+            ax.figure.savefig(arguments.plots / f"{name}.png", dpi=150)
     if arguments.layers:
         print(f"\nreport of {arguments.layers:,} layers of 256 x 256, without inputs:")
         many_layers(arguments.layers)
