@@ -11,7 +11,7 @@ from mpl_toolkits.mplot3d import Axes3D
 from sphinx.application import Sphinx
 
 from torchprune_ext import __version__ as release  # noqa: F401
-from torchprune_ext.plots import curves, weights
+from torchprune_ext.plots import costs, curves, masks, steps, weights
 
 sys.path.insert(0, str(Path(__file__).parent))  # for _extensions
 
@@ -31,7 +31,7 @@ extensions = [
 ]
 exclude_patterns = ["_extensions", "gallery"]  # the gallery's pages are made of its scripts, in auto_gallery
 # What the annotations of plots mean, which imports matplotlib only when it draws.
-for module in (curves, weights):
+for module in (costs, curves, masks, steps, weights):
     vars(module).update(Axes=Axes, Axes3D=Axes3D)
 
 html_theme = "furo"

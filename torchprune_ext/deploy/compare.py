@@ -96,7 +96,7 @@ class Comparison:
         lines = [["", *(cell for name in names for cell in (HEADS.get(name, name), ""))]]
         for row in self.rows:
             shares = self.ratios(row)
-            cells = [(_cell(row, name), _share(shares[name])) for name in names]
+            cells = [(cell(row, name), _share(shares[name])) for name in names]
             lines.append([row.name, *(cell for pair in cells for cell in pair)])
         return lines
 
@@ -316,7 +316,7 @@ def with_threads(number: int) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- table
 
 
-def _cell(row: Row, name: str) -> str:
+def cell(row: Row, name: str) -> str:
     """Return a value as the table shows it."""
     value = row.values()[name]
     if name == "latency":

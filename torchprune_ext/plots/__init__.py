@@ -1,4 +1,4 @@
-"""Pictures of pruned tensors and models, in colours that do not depend on telling red from green.
+"""Pictures of tensors, models, schedules and comparisons, in colours that do not depend on telling red from green.
 
 Every function draws on ``ax``, or on a new figure without it, and returns what it drew on; none of them shows, saves or
 changes a setting of matplotlib. matplotlib comes with the extra ``plots`` and is imported only when a picture is drawn.
@@ -8,8 +8,23 @@ the same before and after its pruning is made permanent. A tensor that several m
 under each of their names.
 """
 
-from torchprune_ext.plots.curves import sensitivity
+from torchprune_ext.plots.costs import compare
+from torchprune_ext.plots.curves import schedule, sensitivity
 from torchprune_ext.plots.drawing import DENSE, KEPT, PRUNED
-from torchprune_ext.plots.weights import density_bars, mask_cubes, mask_image, weight_histograms
+from torchprune_ext.plots.masks import mask_cubes, mask_image
+from torchprune_ext.plots.steps import history
+from torchprune_ext.plots.weights import density_bars, weight_histograms
 
-__all__ = ["DENSE", "KEPT", "PRUNED", "density_bars", "mask_cubes", "mask_image", "sensitivity", "weight_histograms"]
+__all__ = [
+    "DENSE",
+    "KEPT",
+    "PRUNED",
+    "compare",
+    "density_bars",
+    "history",
+    "mask_cubes",
+    "mask_image",
+    "schedule",
+    "sensitivity",
+    "weight_histograms",
+]

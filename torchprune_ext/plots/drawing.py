@@ -1,12 +1,22 @@
 """What all pictures share: colours, axes, and matplotlib itself."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KEPT = "#0072B2"  # blues and orange of Okabe and Ito's palette, told apart by everyone and in print
 CUBE = "#56B4E9"  # the lit side of a kept cube
 DENSE = "#E69F00"
 PRUNED = "#E9E9E9"
 LINE = "#4D4D4D"
+PALETTE = (KEPT, DENSE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # of Okabe and Ito
+HATCHES = ("", "///", "...", "xxx")  # tell areas of one colour apart
 
 
 def check_ax(param: str, ax: object, projection: str = "rectilinear") -> None:
@@ -20,6 +30,16 @@ def check_ax(param: str, ax: object, projection: str = "rectilinear") -> None:
         raise TypeError(f"{param} has the projection {ax.name!r}, not {projection!r}. Pass e.g. {example}.")
 
 
+def axes_for(ax: Axes | None, width: float, height: float) -> Axes:
+    """Return ``ax``, if it is 2-D axes, or those of a new figure of that size in inches."""
+    pyplot = import_pyplot()
+    if ax is None:
+        new: Axes = pyplot.subplots(figsize=(width, height), layout="constrained")[1]
+        return new
+    check_ax("ax", ax)
+    return ax
+
+
 def import_pyplot() -> Any:
     """Return ``matplotlib.pyplot``, or say which extra brings it."""
     try:
@@ -27,3 +47,18 @@ def import_pyplot() -> Any:
     except ImportError as error:
         raise ImportError("matplotlib is not installed: pip install torchprune-ext[plots]") from error
     return pyplot
+
+
+def check_drawable(where: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor``, for errors ``where``, has real values that can be read here."""
+    if tensor.is_meta:
+        raise ValueError(f"{where} is on the meta device and has no values to draw. Materialize it first.")
+    if tensor.is_complex():
+        raise TypeError(f"{where} is complex ({tensor.dtype}). Draw a real tensor, e.g. its absolute values.")
+    if hasattr(tensor, "device_mesh"):
+        raise ValueError(f"{where} is a DTensor, of which other processes hold parts. Draw its full_tensor().")
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Return the values as float64 on the CPU, from any device, dtype and layout."""
+    return tensor.detach().to_dense().to("cpu", torch.float64)

@@ -1,6 +1,6 @@
 """Reads from a model what a report says, and leaves it as it was."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +30,12 @@ def report(model: nn.Module, example_inputs: Any = None, *, threads: int | None 
     computes it from is read, under its own name, as ``"0.parametrizations.weight.original1"``.
 
     A row's ``nm`` holds the N:M patterns of its tensor, for groups of M = 2, 4, 8 and 16 consecutive entries along each
-    axis that is as long: if no group keeps more than N, where N is a power of two and at most M / 2, or if each group
-    keeps exactly N < M and not just whole slices are gone. So 2:4 is also 4:8, and 1:4 is also 2:4; the table shows
-    those that the others follow from. A short last group counts as filled with zeros (``pad=True`` there). A tensor of
-    which all or nothing is kept has none.
+    axis that is as long: no group keeps more than N, where N is a power of two and at most M / 2, or each group keeps
+    exactly N < M. So 2:4 is also 4:8, and 1:4 is also 2:4; the table shows those that the others follow from. A short
+    last group counts as filled with zeros (``pad=True`` there). Left out is what says nothing: a pattern that as many
+    entries (or rows, or kernels, where whole ones are gone), strewn at random, would show with a probability of 5 % or
+    more. So a tensor of which all or nothing is kept has none, and one that is almost empty has not each loose one;
+    whether a layer *can* run as 2:4 is what :func:`.semi_structured_report` tells.
 
     Args:
         model: any module, pruned or not, by whatever method.
@@ -89,7 +91,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             holders.setdefault(id(target.parameter), []).append((name, target))
     for places in holders.values():
         names = list(dict.fromkeys(name for name, _ in places))
-        yield _row(names, list({id(target.module): target for _, target in places}.values()))
+        yield _row(names, list({(id(target.module), target.name): target for _, target in places}.values()))
 
 
 def _row(names: list[str], targets: list[Target]) -> Row:
@@ -130,9 +132,10 @@ def _alive(name: str, targets: list[Target]) -> tuple[Tensor | None, str, int | 
     parameter = targets[0].parameter.detach()
     if parameter.is_meta:
         raise ValueError(f"model: {name} is on the meta device and has no values to count. Load them first.")
-    if hasattr(parameter, "device_mesh"):
+    given = targets[0].parameter
+    if any(hasattr(given, mark) for mark in ("device_mesh", "ds_id")) or getattr(given, "_fsdp_flattened", False):
         raise ValueError(
-            f"model: {name} is a DTensor, of which other processes hold parts. Report on the model before it is "
+            f"model: {name} is sharded, so that other processes hold parts of it. Report on the model before it is "
             "sharded, or on one that its full state dict was loaded into."
         )
     if is_traceable_wrapper_subclass(parameter) or parameter.is_quantized:
@@ -162,15 +165,20 @@ def _with_costs(found: Report, model: nn.Module, example_inputs: Any, threads: i
     with forward_only([model]):
         with with_threads(threads):
             macs = first_forward("model", model, call)
-            by_name: dict[str, int] = {}
-            if macs is not None:
-                with as_plain(model):  # in which weights, and no products with masks, are multiplied with
-                    by_name, _ = macs_by_weight(model, call)
+            by_name = None if macs is None else _macs_by_name(model, call)
         times = medians({"": call}, rounds=rounds, threads=threads)[""]
-    rows = tuple(
-        replace(row, macs=None if macs is None else sum(by_name.get(name, 0) for name in (row.name, *row.tied)))
-        for row in found.rows
-    )
+    costs: dict[str, Any] = {"latency": times.median, "spread": times.spread, "threads": threads, "rounds": rounds}
+    if by_name is None:
+        return replace(found, macs=macs, **costs)
+    rows = tuple(replace(row, macs=sum(by_name.get(name, 0) for name in (row.name, *row.tied))) for row in found.rows)
     saved = sum((row.macs or 0) * row.sparsity for row in rows)
-    effective = None if macs is None else round(macs - saved)
-    return Report(found.model, rows, macs, effective, times.median, times.spread, threads, rounds)
+    return replace(found, rows=rows, macs=macs, effective_macs=round((macs or 0) - saved), **costs)
+
+
+def _macs_by_name(model: nn.Module, call: Callable[[], object]) -> dict[str, int] | None:
+    """Return how many multiplications ``call`` makes with each parameter; None if it cannot be taken to its parts."""
+    try:
+        with as_plain(model):  # in which weights, and no products with masks, are multiplied with
+            return macs_by_weight(model, call)[0]
+    except Exception:
+        return None

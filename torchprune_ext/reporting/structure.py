@@ -1,5 +1,6 @@
 """Which structure there is in what is left of a tensor: whole units that are zero, and N:M patterns that hold."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,7 @@ from torchprune_ext.patterns import NM, Channel, Kernel, Unit
 
 GROUPS = (2, 4, 8, 16)  # the M of the N:M patterns that are looked for
 SAMPLE = 8192  # entries that are looked at before all are
+CHANCE = 0.05  # probability from which on a pattern need not mean anything
 
 
 def units_of(module: nn.Module, axes: int) -> dict[str, Unit]:
@@ -45,13 +47,15 @@ def count_zero(alive: Tensor, unit: Unit) -> tuple[int, int]:
 
 
 def patterns_in(alive: Tensor, parts: int = 1, kept: int | None = None) -> tuple[NM, ...]:
-    """Return the N:M patterns that hold in a tensor, by axis and M.
+    """Return the N:M patterns that a tensor has, by axis and M.
 
     Looked for are groups of 2, 4, 8 and 16 consecutive entries along each axis that is as long. N:M holds if no group
     has more than N entries ``alive``, where N is a power of two and at most half of M, so that at least half of each
-    group is gone. For any other N < M each group must have exactly N, and not just because whole slices of the axis are
-    gone. A short last group counts as filled with zeros (``pad=True``). Nothing holds in a tensor in which all entries
-    are alive, none is, or which has one axis.
+    group is gone, or if each group has exactly N < M. A short last group counts as filled with zeros (``pad=True``).
+
+    What holds by chance is left out: a pattern that as many entries, strewn at random, would show with a probability of
+    5 % or more, as loose ones in almost empty tensors. Where whole rows, kernels or the like are gone, these are what
+    is strewn. A pattern that follows from one that is found is found too.
 
     Args:
         alive: which entries are kept, bool.
@@ -59,28 +63,43 @@ def patterns_in(alive: Tensor, parts: int = 1, kept: int | None = None) -> tuple
         kept: how many are, if that is known.
 
     Example:
-        >>> [f"{pattern.n}:{pattern.m}" for pattern in patterns_in(torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1]]).bool())]
-        ['2:4']
+        >>> mask = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [1, 0, 0, 1], [0, 1, 1, 0]]).bool()
+        >>> patterns_in(mask)
+        (NM(n=2, m=4, dim=1, pad=False, groups=1),)
     """
     kept = int(alive.count_nonzero()) if kept is None else kept
     if alive.dim() < 2 or kept in (0, alive.numel()):
         return ()
-    return tuple(found for axis in range(alive.dim()) for found in _along(alive, axis, parts if axis == 0 else 1))
+    density = kept / alive.numel()
+    for axis in range(alive.dim()):
+        if _is_constant(alive, axis):
+            alive = alive.narrow(axis, 0, 1)
+    axes = [axis for axis in range(alive.dim()) if alive.shape[axis] > 1]
+    return tuple(found for axis in axes for found in _along(alive, axis, parts if axis == 0 else 1, density))
 
 
-def _along(alive: Tensor, axis: int, parts: int) -> Iterator[NM]:
-    """Yield the patterns that hold along ``axis``."""
+def _is_constant(alive: Tensor, axis: int) -> bool:
+    """Return whether all slices of ``axis`` are alike, as where whole rows or kernels are gone."""
+    first, last = alive.select(axis, 0), alive.select(axis, -1)
+    return torch.equal(first, last) and bool((alive == first.unsqueeze(axis)).all())
+
+
+def _along(alive: Tensor, axis: int, parts: int, density: float) -> list[NM]:
+    """Return the patterns along ``axis``."""
     other = 0 if axis else 1
-    few = alive.narrow(other, 0, min(alive.shape[other], 1 + SAMPLE * alive.shape[other] // alive.numel()))
-    if not any(_candidates(few, axis, parts)):  # as in most tensors, which are not looked through then
-        return
-    for pattern in _candidates(alive, axis, parts):
-        if pattern.n <= pattern.m // 2 or not _of_slices(alive, axis):
-            yield pattern
+    if alive.numel() > SAMPLE:
+        few = alive.narrow(other, 0, min(alive.shape[other], 1 + SAMPLE * alive.shape[other] // alive.numel()))
+        if not any(True for _ in _holding(few, axis, parts, density)):  # as in most, which are not looked through then
+            return []
+    holding = dict(_holding(alive, axis, parts, density))
+    sure = [pattern for pattern, chance in holding.items() if chance < CHANCE]
+    found = [each for each in holding if any(each == one or _implies(one, each) for one in sure)]
+    size = alive.shape[axis] // parts
+    return [NM(n, m, axis, size % m > 0, parts) for n, m in found]
 
 
-def _candidates(alive: Tensor, axis: int, parts: int) -> Iterator[NM]:
-    """Yield the patterns that hold along ``axis``, those too that hold because whole slices are gone."""
+def _holding(alive: Tensor, axis: int, parts: int, density: float) -> Iterator[tuple[tuple[int, int], float]]:
+    """Yield each N and M that hold along ``axis``, and how probable that is in entries strewn with this density."""
     size = alive.shape[axis] // parts
     counts = alive.view(torch.uint8).movedim(axis, -1).unflatten(-1, (parts, size))
     for m in GROUPS:
@@ -89,17 +108,19 @@ def _candidates(alive: Tensor, axis: int, parts: int) -> Iterator[NM]:
         if counts.shape[-1] % 2:
             counts = F.pad(counts, (0, 1))
         counts = counts[..., ::2] + counts[..., 1::2]  # of the groups of m
-        low, high = (int(end) for end in torch.aminmax(counts))
-        pad = size % m > 0
+        low, high = torch.stack(torch.aminmax(counts)).tolist()
         for n in range(max(high, 1), m):
-            if (n <= m // 2 and n & (n - 1) == 0) or (low == high == n and not pad):
-                yield NM(n, m, axis, pad, parts)
+            exact = low == high == n and size % m == 0
+            if exact or (n <= m // 2 and n & (n - 1) == 0):
+                several = [n] if exact else range(n + 1)
+                one = sum(math.comb(m, k) * density**k * (1 - density) ** (m - k) for k in several)
+                yield (n, m), min(one, 1.0) ** counts.numel()
 
 
-def _of_slices(alive: Tensor, axis: int) -> bool:
-    """Return whether all that is gone is gone in whole slices of ``axis``."""
-    slices = _any(alive, tuple(other for other in range(alive.dim()) if other != axis))
-    return int(slices.count_nonzero()) * (alive.numel() // len(slices)) == int(alive.count_nonzero())
+def _implies(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether the second N of M holds along an axis along which the first does; each M is a power of two."""
+    (n, m), (most, group) = one, other
+    return (n * (group // m) if m <= group else min(n, group)) <= most
 
 
 def _any(alive: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -114,10 +135,12 @@ def tightest(patterns: tuple[NM, ...]) -> list[NM]:
         >>> tightest((NM(1, 2, 1), NM(1, 4, 1), NM(2, 4, 1)))  # each two neighbours of four are two
         [NM(n=1, m=4, dim=1, pad=False, groups=1)]
     """
-    return [each for each in patterns if not any(_implies(other, each) for other in patterns if other != each)]
-
-
-def _implies(one: NM, other: NM) -> bool:
-    """Return whether ``other`` holds wherever ``one`` does; both have one of :data:`GROUPS`."""
-    most = one.n * (other.m // one.m) if one.m <= other.m else min(one.n, other.m)
-    return one.dim == other.dim and most <= other.n
+    return [
+        each
+        for each in patterns
+        if not any(
+            other.dim == each.dim and _implies((other.n, other.m), (each.n, each.m))
+            for other in patterns
+            if other != each
+        )
+    ]

@@ -214,7 +214,9 @@ class Report:
         known = list(self._places)
         if not isinstance(name, str):
             return f"Pass a name, as {known[0]!r}." if known else "It has none."
-        below = [each for each in known if name and each.startswith(f"{name}.")]
+        path, _, last = f".{name}".rpartition(".")
+        inside = f"{path}.parametrizations.{last}.".lstrip(".")
+        below = [each for each in known if name and each.startswith((f"{name}.", inside))]
         near = below[:4] or get_close_matches(name, known, n=4, cutoff=0.4)
         return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Choose one of {known[:6]}."
 
@@ -251,7 +253,7 @@ class Report:
         heads, rows, words = self._lines()
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         lines = [[c.ljust(widths[i]) if i in words else c for i, c in enumerate(line)] for line in [heads, *rows]]
-        return "\n".join([table(lines[0], lines[1:]), *self._notes()])
+        return "\n".join([*([table(lines[0], lines[1:])] if rows else []), *self._notes()])
 
     def _repr_html_(self) -> str:
         """Return the table for notebooks."""
@@ -284,14 +286,13 @@ class Report:
                 notes.append(f"{word}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
         if self.latency is None or self.spread is None:
             return notes
-        if self.macs is not None and self.effective_macs is not None:
-            share = _percent(self.effective_macs, self.macs)
-            notes.append(
-                f"MACs: {quantity(self.macs)}; with entries that are kept: {quantity(self.effective_macs)}, {share}, "
-                "which is theoretical: dense kernels multiply by zeros too"
-            )
-        else:
+        if self.macs is None or self.effective_macs is None:
             notes.append("MACs: not known, as there are products that torch.utils.flop_counter has no formula for")
+        else:
+            notes.append(
+                f"MACs: {quantity(self.macs)}; with entries that are kept: {quantity(self.effective_macs)}, "
+                f"{_percent(self.effective_macs, self.macs)}, which is theoretical: dense kernels multiply by zeros too"
+            )
         return [
             *notes,
             f"latency: {significant(1e3 * self.latency)} ms ± {significant(1e3 * self.spread)}, median ± interquartile "
@@ -300,11 +301,10 @@ class Report:
 
 
 def _percent(part: int, whole: int, digits: int = 1) -> str:
-    """Return a share in percent, which is 0 or 100 only if nothing or all is meant."""
+    """Return a share in percent, as 0 or 100 only if it is that exactly."""
     if not whole:
         return "-"
-    least = 10.0**-digits
-    share = 100 * part / whole
-    if 0 < part < whole:
-        share = min(max(share, least), 100 - least)
-    return f"{share:.{digits}f} %"
+    share, least = 100 * part / whole, 10.0**-digits
+    if 0 < share < least:
+        return f"<{least:.{digits}f} %"
+    return f">{100 - least:.{digits}f} %" if 100 - least < share < 100 else f"{share:.{digits}f} %"
