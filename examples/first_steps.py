@@ -19,18 +19,17 @@ def train(steps: int) -> None:
         optimizer.step()
 
 
-def report(when: str) -> None:
+def evaluate(when: str) -> None:
     right = (model(inputs).argmax(dim=1) == targets).float().mean()
     print(f"{when:<12} {right:.1%} of the samples right")
 
 
 train(100)
-report("dense")
+evaluate("dense")
 params = tpe.prunable_parameters(model, exclude="4")  # (module, name) pairs; the last layer stays dense
 tpe.global_unstructured(params, target_sparsity=0.9)  # 90 % of all their entries, the smallest
-report("pruned")
+evaluate("pruned")
 train(100)  # pruned entries stay 0
-report("fine-tuned")
+evaluate("fine-tuned")
 tpe.remove_all(model)  # masks and hooks are gone, zeros remain
-zeros = sum(int((module.weight == 0).sum()) for module, _ in params)
-print(f"{zeros} of {20 * 64 + 64 * 64} weights are zero")
+print(tpe.report(model))
