@@ -165,7 +165,8 @@ def permute_for_nm(
             ``tpe.calibration.activations``, weights count by the norms of their inputs.
 
     Returns:
-        What n:m kept and keeps of each listed tensor, how many of its inputs have moved, and why others have not.
+        How much of each listed tensor the pattern kept and keeps, how many of its inputs have moved, and why others have
+        not.
 
     Raises:
         TypeError: an argument of the wrong type.
