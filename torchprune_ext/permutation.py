@@ -165,8 +165,8 @@ def permute_for_nm(
             ``tpe.calibration.activations``, weights count by the norms of their inputs.
 
     Returns:
-        How much of each listed tensor the pattern kept and keeps, how many of its inputs have moved, and why others have
-        not.
+        How much of each listed tensor the pattern kept and keeps, how many of its inputs have moved, and why others
+        have not.
 
     Raises:
         TypeError: an argument of the wrong type.
