@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torchprune_ext.deploy.compare import HEADS, Comparison, cell
-from torchprune_ext.plots.drawing import HATCHES, LINE, PALETTE, axes_for, import_pyplot
+from torchprune_ext.plots.drawing import HATCHES, LINE, PALETTE, axes_for, import_pyplot, legend_above, write_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 WIDEST = 250  # percent; longer bars are cut, and their numbers tell
-ROOM = 0.012  # of the axes, for each letter of a note
 
 
 def compare(comparison: Comparison, ax: Axes | None = None) -> Axes:
@@ -52,36 +51,25 @@ def compare(comparison: Comparison, ax: Axes | None = None) -> Axes:
     count = len(comparison.rows)
     ax = axes_for(ax, 7, 1 + 0.26 * len(names) * (count + 0.6))
     thickness = 1 / (count + 0.6)
-    spot, ends, longest = names.index("latency"), [100.0], 0
+    spot, ends, notes = names.index("latency"), [], []
     for number, row in enumerate(comparison.rows):
         ratios = comparison.ratios(row)
         shares = [100 * (ratios[name] or 0.0) for name in names]
         middles = [place + thickness * (number - (count - 1) / 2) for place in range(len(names))]
         lengths = [min(max(share, 0.0), WIDEST) for share in shares]
-        ax.barh(
-            middles,
-            lengths,
-            height=0.9 * thickness,
-            color=PALETTE[number % len(PALETTE)],
-            hatch=HATCHES[number // len(PALETTE) % len(HATCHES)],
-            label=row.name,
-        )
-        tips = list(lengths)
+        colour, hatch = PALETTE[number % len(PALETTE)], HATCHES[number // len(PALETTE) % len(HATCHES)]
+        ax.barh(middles, lengths, height=0.9 * thickness, color=colour, hatch=hatch, label=row.name)
         if first.latency:
             half = 50 * row.spread / first.latency
-            range_ = [max(0.0, lengths[spot] - half), min(lengths[spot] + half, WIDEST)]
-            ax.plot(range_, [middles[spot]] * 2, color=LINE, linewidth=1, marker="|", markersize=5)
-            tips[spot] = range_[1]
-        for name, share, tip, middle in zip(names, shares, tips, middles, strict=True):
-            note = cell(row, name) + " →" * (share > WIDEST)
-            style: dict[str, Any] = {"va": "center", "fontsize": "small", "color": LINE}
-            ax.annotate(note, (tip, middle), xytext=(4, 0), textcoords="offset points", **style)
-            longest = max(longest, len(note))
-        ends += tips
+            around = [max(0.0, lengths[spot] - half), min(lengths[spot] + half, WIDEST)]
+            ax.plot(around, [middles[spot]] * 2, color=LINE, linewidth=1, marker="|", markersize=4)
+            lengths[spot] = around[1]
+        ends += list(zip(lengths, middles, strict=True))
+        notes += [cell(row, name) + " →" * (share > WIDEST) for name, share in zip(names, shares, strict=True)]
     ax.axvline(100, color=LINE, linewidth=0.8, linestyle=":", zorder=0)
     ax.set_yticks(range(len(names)), labels=[HEADS.get(name, name) for name in names])
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set(xlim=(0, max(ends) / max(0.3, 1 - ROOM * longest)), xlabel=f"% of {first.name}")
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel=f"% of {first.name}")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(count, 4), frameon=False)
+    legend_above(ax, count)
+    write_beside(ax, ends, notes, 100)
     return ax

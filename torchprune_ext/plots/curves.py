@@ -111,7 +111,7 @@ def schedule(schedule: Schedule, ax: Axes | None = None) -> Axes:
         drawstyle="steps-post",
         color=PALETTE[place % len(PALETTE)],
         linestyle=STYLES[place % len(STYLES)],
-        label=repr(schedule),
+        label=repr(schedule).partition("(")[0] + (f", every {schedule.every:,} steps" if schedule.every > 1 else ""),
     )
     if len(updates) <= 50:
         dots = [steps.index(step) for step in updates]
@@ -119,5 +119,5 @@ def schedule(schedule: Schedule, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="training step", ylabel="sparsity (%)", ylim=(0, 100))
     ax.set_xlim(left=0)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small", loc="lower right")
+    ax.legend(framealpha=0.8, edgecolor="none", fontsize="small", loc="lower right")
     return ax

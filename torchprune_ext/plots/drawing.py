@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ DENSE = "#E69F00"
 PRUNED = "#E9E9E9"
 LINE = "#4D4D4D"
 PALETTE = (KEPT, DENSE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # of Okabe and Ito
+SMALLEST_TEXT = 5.0  # points; what would have to be smaller is not written
 HATCHES = ("", "///", "...", "xxx")  # tell areas of one colour apart
 
 
@@ -38,6 +41,43 @@ def axes_for(ax: Axes | None, width: float, height: float) -> Axes:
         return new
     check_ax("ax", ax)
     return ax
+
+
+def write_beside(ax: Axes, bars: Sequence[tuple[float, float]], notes: Sequence[str], least: float) -> None:
+    """Write a note to the right of each bar, and let the x axis be so long that they fit in.
+
+    To be called last, as the notes are as large as the bars leave room for; none is written that would be too small.
+
+    Args:
+        ax: axes from 0 to the right, with a row for each bar.
+        bars: where the bars end, x and y.
+        notes: their texts.
+        least: end of the x axis at least.
+    """
+    from matplotlib import rcParams
+
+    figure: Any = ax.figure
+    figure.figure.draw_without_rendering()  # gives the axes their size
+    extent, points = ax.get_window_extent(), 72 / figure.dpi
+    rows = sorted(y for _, y in bars)
+    pitch = min((below - above for above, below in pairwise(rows)), default=1.0)
+    (bottom, top), full = ax.get_ylim(), rcParams["font.size"] / 1.2
+    size = min(full, points * extent.height * pitch / abs(top - bottom))
+    ends = [least]
+    if size >= SMALLEST_TEXT:
+        style: dict[str, Any] = {"va": "center", "color": LINE, "fontsize": size}
+        for (x, y), note in zip(bars, notes, strict=True):
+            text = ax.annotate(note, (x, y), xytext=(4, 0), textcoords="offset points", **style)
+            needed = (text.get_window_extent().width + 8 / points) / extent.width
+            ends.append(x / max(1 - needed, 0.2))
+    ax.set_xlim(0, max(ends))
+
+
+def legend_above(ax: Axes, entries: int) -> None:
+    """Write the legend above ``ax``, in as many columns as it is wide for."""
+    width = ax.get_window_extent().width / ax.figure.dpi  # inches
+    columns = max(1, min(entries, int(width / 1.3)))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False, fontsize="small")
 
 
 def import_pyplot() -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from torchprune_ext._host import Target, targets_in
 from torchprune_ext.plots.drawing import (
@@ -15,6 +16,7 @@ from torchprune_ext.plots.drawing import (
     KEPT,
     LINE,
     PRUNED,
+    SMALLEST_TEXT,
     axes_for,
     check_ax,
     check_drawable,
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["mask_cubes", "mask_image"]
 
-SMALLEST_TEXT = 5.0  # points; values that would have to be smaller are left out
 SMALLEST_CELL = 4.0  # points; smaller ones have no lines between them
 MOST_CELLS = 400  # rows or columns that a picture of usual size can show one by one
 MOST_CUBES = 10_000  # more take minutes, and none of them can be told from the next
@@ -65,10 +66,11 @@ def mask_image(tensor: Tensor | nn.Module, ax: Axes | None = None, *, name: str 
     import_pyplot()
     from matplotlib.colors import LinearSegmentedColormap
 
-    tile = (1, 1)
+    tile, labels = (1, 1), ("", "")
     if isinstance(tensor, nn.Module):
         values, kept = _entries_of(tensor, name)
         if values.dim() > 2:
+            labels = ("channels", "filters") if isinstance(tensor, _ConvTransposeNd) else ("filters", "channels")
             tile = (math.prod(values.shape[2:-1]), values.shape[-1])
             values, kept = _as_tiles(values), _as_tiles(kept)
         values, kept = torch.atleast_2d(values), torch.atleast_2d(kept)
@@ -89,7 +91,7 @@ def mask_image(tensor: Tensor | nn.Module, ax: Axes | None = None, *, name: str 
         interpolation="nearest",
         aspect="auto" if long else "equal",
     )
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], ylabel=labels[0], xlabel=labels[1])
     ax.spines[:].set_visible(False)
     if block != (1, 1):
         ax.set_xlabel(f"{rows:,} x {columns:,}; a pixel is {block[0]} x {block[1]}, the bluer the more are kept")

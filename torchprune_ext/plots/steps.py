@@ -9,7 +9,7 @@ from torch import nn
 
 from torchprune_ext._checks import check_module
 from torchprune_ext._tables import percent
-from torchprune_ext.plots.drawing import HATCHES, LINE, PALETTE, axes_for, import_pyplot
+from torchprune_ext.plots.drawing import HATCHES, PALETTE, axes_for, import_pyplot, legend_above, write_beside
 from torchprune_ext.reporting import Report, report
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def history(model: nn.Module | Report, ax: Axes | None = None) -> Axes:
     ax = axes_for(ax, 7, 1.1 + 0.3 * len(rows))
     longest = max(len(row.history) for row in rows)
     looks: dict[str, tuple[str, str]] = {}
+    notes = []
     for place, row in enumerate(rows):
         done = 0
         for call, same in groupby(each.partition("(")[0] for each in row.history):
@@ -72,16 +73,12 @@ def history(model: nn.Module | Report, ax: Axes | None = None) -> Axes:
                 box = {"facecolor": "white", "edgecolor": "none", "boxstyle": "round,pad=0.15"}
                 ax.text(done + times / 2, place, f"{times} x", ha="center", va="center", fontsize="small", bbox=box)
             done += times
-        note = f"{percent(row.density)} kept" + ("" if row.history else ", history lost")
-        ax.annotate(
-            note, (done, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize="small", color=LINE
-        )
+        notes.append(f"{percent(row.density)} kept" + ("" if row.history else ", history lost"))
     ax.set_yticks(range(len(rows)), labels=[row.name for row in rows])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set(xlim=(0, max(longest, 1) * 1.25), xlabel="calls, in their order")
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="calls, in their order")
     ax.locator_params(axis="x", integer=True)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(len(looks) or 1, 3), frameon=False, fontsize="small"
-    )
+    if looks:
+        legend_above(ax, len(looks))
+    write_beside(ax, [(len(row.history), place) for place, row in enumerate(rows)], notes, max(longest, 1))
     return ax

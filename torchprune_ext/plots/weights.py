@@ -15,7 +15,17 @@ from torch.nn.parameter import is_lazy
 from torchprune_ext._checks import check_module
 from torchprune_ext._host import pruned
 from torchprune_ext._tables import percent
-from torchprune_ext.plots.drawing import DENSE, KEPT, LINE, axes_for, check_ax, check_drawable, import_pyplot, on_cpu
+from torchprune_ext.plots.drawing import (
+    DENSE,
+    KEPT,
+    axes_for,
+    check_ax,
+    check_drawable,
+    import_pyplot,
+    legend_above,
+    on_cpu,
+    write_beside,
+)
 from torchprune_ext.reporting import Report
 
 if TYPE_CHECKING:
@@ -117,25 +127,22 @@ def density_bars(model: nn.Module | Report, after: nn.Module | Report | None = N
     _check_any("model", model, labels)
     ax = axes_for(ax, 7, 1 + (0.3 if len(rounds) == 1 else 0.5) * len(labels))
     thickness = 0.8 / len(rounds)
+    ends, notes = [], []
     for number, shares in enumerate(rounds):
         drawn = [shares[label] for label in labels]
-        bars = ax.barh(
-            [row + thickness * (number - (len(rounds) - 1) / 2) for row in range(len(labels))],
-            [100 * share.kept / share.total for share in drawn],
-            height=thickness,
-            color=KEPT if number == len(rounds) - 1 else DENSE,
-            label="after" if number else "before",
-        )
-        notes = [f"{percent(share.kept / share.total)} ({share.kept:,} of {share.total:,})" for share in drawn]
-        ax.bar_label(bars, notes, padding=4, fontsize="small", color=LINE)
+        middles = [row + thickness * (number - (len(rounds) - 1) / 2) for row in range(len(labels))]
+        lengths = [100 * share.kept / share.total for share in drawn]
+        colour = KEPT if number == len(rounds) - 1 else DENSE
+        ax.barh(middles, lengths, height=thickness, color=colour, label="after" if number else "before")
+        ends += list(zip(lengths, middles, strict=True))
+        notes += [f"{percent(share.kept / share.total)} ({share.kept:,} of {share.total:,})" for share in drawn]
     ax.set_yticks(range(len(labels)), labels=labels)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
-    longest = max(len(text.get_text()) for text in ax.texts)
-    ax.set(xlim=(0, 100 / (1 - 0.0125 * longest)), xticks=range(0, 101, 20), xlabel="density (%)")  # room for the notes
+    ax.set(ylim=(len(labels) - 0.5, -0.5), xticks=range(0, 101, 20), xlabel="density (%)")
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines["bottom"].set_bounds(0, 100)
     if len(rounds) > 1:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+        legend_above(ax, 2)
+    write_beside(ax, ends, notes, 100)
     return ax
 
 
