@@ -124,7 +124,8 @@ for row, line in enumerate(ranks):
         ax.text(column, row, str(rank), ha="center", va="center")
 
 # %%
-# PyTorch's ``prune.ln_structured`` and this package's functions that end in ``_ln`` take the order of the norm as ``n``.
+# PyTorch's ``prune.ln_structured`` and this package's functions that end in ``_ln`` take the order of the norm as
+# ``n``.
 #
 # Gradient
 # --------
@@ -195,8 +196,8 @@ ax.legend()
 # ----------------------------------
 #
 # The scale :math:`\gamma` of a BatchNorm says how much of a channel passes. With an L1 penalty on all scales,
-# :func:`~torchprune_ext.bn_l1_penalty`, training pushes those to zero that it can do without. Without the penalty, there
-# is little to tell channels apart by:
+# :func:`~torchprune_ext.bn_l1_penalty`, training pushes those to zero that it can do without. Without the penalty,
+# there is little to tell channels apart by:
 
 networks = {}
 for penalty in (0.0, 0.1):
@@ -212,8 +213,8 @@ ax.set(xlabel="channel of conv2, in the order of the scales", ylabel="size of th
 ax.legend()
 
 # %%
-# :func:`~torchprune_ext.bn_scaling` prunes by them. It masks a channel's filter, its bias and what the BatchNorm adds, so
-# that nothing is left of the channel; ``tpe.global_bn_scaling`` has one threshold for a whole network.
+# :func:`~torchprune_ext.bn_scaling` prunes by them. It masks a channel's filter, its bias and what the BatchNorm adds,
+# so that nothing is left of the channel; ``tpe.global_bn_scaling`` has one threshold for a whole network.
 
 for penalty, network in networks.items():
     before = accuracy(network)

@@ -3,8 +3,8 @@ Timing: when to prune, and how often
 ====================================
 
 A network can be pruned after it is trained, while it trains, or before. The usual way is the first: train, prune,
-fine-tune, evaluate. This script goes it step by step, with a sparsity for each layer, and then lets the other ways compete
-at a sparsity where it matters.
+fine-tune, evaluate. This script goes it step by step, with a sparsity for each layer, and then lets the other ways
+compete at a sparsity where it matters.
 """
 
 # %%

@@ -2,9 +2,9 @@
 Beside torch.nn.utils.prune
 ===========================
 
-PyTorch has a pruning module of its own. This package adds methods to it and does not replace it: the same masks, the same
-hooks, the same containers. This script walks through the native module on the chapter's LeNet, untrained, and at each
-step shows what this package adds to it.
+PyTorch has a pruning module of its own. This package adds methods to it and does not replace it: the same masks, the
+same hooks, the same containers. This script walks through the native module on an untrained LeNet, and at each step
+shows what this package adds to it.
 """
 
 # %%
@@ -59,8 +59,8 @@ prune.random_structured(conv1, name="weight", amount=2, dim=0)
 print([name for name, _ in conv1.named_parameters()], [name for name, _ in conv1.named_buffers()])
 
 # %%
-# The parameter is now ``weight_orig``, a buffer ``weight_mask`` holds zeros and ones, and ``weight`` is an attribute: the
-# product of the two, renewed by a hook before each forward pass.
+# The parameter is now ``weight_orig``, a buffer ``weight_mask`` holds zeros and ones, and ``weight`` is an attribute:
+# the product of the two, renewed by a hook before each forward pass.
 
 print("a parameter:", isinstance(conv1.weight, nn.Parameter))
 print("the product:", torch.equal(conv1.weight, conv1.weight_orig * conv1.weight_mask))
@@ -112,7 +112,7 @@ for ax, step in zip(axes, steps, strict=True):
 # Other tensors of the same module are pruned by themselves. This is a bias:
 
 prune.random_unstructured(conv1, name="bias", amount=1)
-for name, module in model.named_modules():
+for module in model.modules():
     if isinstance(module, nn.Conv2d):
         prune.l1_unstructured(module, name="bias", amount=0.2)
 print(list(model.state_dict()))
@@ -126,9 +126,9 @@ print(tpe.report(model))
 # Remove: to make it permanent
 # ----------------------------
 #
-# ``prune.remove`` writes the zeros into the parameter, and mask and hook are gone. It is the end of the mask, not of the
-# pruning. In PyTorch the order of the parameters has changed on the way, which mixes up optimizers and checkpoints that
-# go by order; this package keeps it:
+# ``prune.remove`` writes the zeros into the parameter, and mask and hook are gone. It is the end of the mask, not of
+# the pruning. In PyTorch the order of the parameters has changed on the way, which mixes up optimizers and checkpoints
+# that go by order; this package keeps it:
 
 native = LeNet().conv1
 prune.l1_unstructured(native, "weight", amount=0.5)
@@ -171,8 +171,9 @@ print(tpe.report(networks["tpe.global_unstructured"]))
 ax = plots.density_bars(networks["tpe.global_unstructured"])
 
 # %%
-# What the native call does not have is a floor. A layer whose entries are small is emptied, and then nothing gets through
-# the network any more. With a floor, it keeps a tenth, and a warning says that this is not what its scores ask for:
+# What the native call does not have is a floor. A layer whose entries are small is emptied, and then nothing gets
+# through the network any more. With a floor, it keeps a tenth, and a warning says that this is not what its scores ask
+# for:
 
 scaled = LeNet()
 scaled.conv2.weight.data.mul_(0.01)
@@ -215,8 +216,8 @@ print(layer.bias_mask[:12])
 print(tpe.every_other(LeNet().fc1, "bias", step=2).bias_mask[:12])
 
 # %%
-# Here it is a call, :func:`~torchprune_ext.every_other`. But mostly, a method of one's own needs no class at all. What is
-# new about it is the score, and any score can be passed, as a tensor in the shape of the weight, for any unit:
+# Here it is a call, :func:`~torchprune_ext.every_other`. But mostly, a method of one's own needs no class at all. What
+# is new about it is the score, and any score can be passed, as a tensor in the shape of the weight, for any unit:
 
 layer = LeNet().conv2
 score = layer.weight.detach().abs() * torch.rand(6, 1, 1)  # whatever you think an entry is worth
@@ -229,8 +230,8 @@ for entry in tpe.history(layer, "weight"):
 # When a call fails
 # -----------------
 #
-# A native call that fails on a pruned tensor leaves the module broken: the old hook is gone, ``weight`` no longer follows
-# the parameter, and ``remove`` raises. Ours change everything or nothing, and say what to do.
+# A native call that fails on a pruned tensor leaves the module broken: the old hook is gone, ``weight`` no longer
+# follows the parameter, and ``remove`` raises. Ours change everything or nothing, and say what to do.
 
 broken, whole = LeNet().fc1, LeNet().fc1
 for layer, call in (
