@@ -49,7 +49,7 @@ class Row:
             ``entries``; of a convolution ``kernels``, ``filters`` (what one output channel reads) and ``channels``
             (what reads one input channel); of a matrix ``rows`` and ``columns``; of a stack of matrices ``slices``.
         nm: the N:M patterns that hold, with the axis that they run along; see :func:`report`.
-        history: the calls that pruned it, oldest first; see :func:`.history`.
+        history: the calls that pruned it, oldest first; see :func:`.lifecycle.history`.
         tied: other names of the same tensor.
         macs: multiplications with it in one forward pass of the example; None if not known.
     """
