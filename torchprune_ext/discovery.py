@@ -42,8 +42,8 @@ def prunable_parameters(
     Returns:
         Pairs in the order of the model. A tensor that another module of the model shares (tied weights) is followed
         by that module, whatever its type, so that both are pruned alike; exclude either to leave both out. Left out is
-        ``out_proj`` of ``MultiheadAttention``, whose weight is read without calling it, so that the host's hook does
-        not run and training fails in the second step; and what is in scripted modules.
+        ``out_proj`` of ``MultiheadAttention``, whose weight is read without calling it, so that PyTorch's hook alone
+        does not do (add it by hand: calls of this package make it work); and what is in scripted modules.
 
     Warns:
         UserWarning: by default ``types``, less than half of the model's matrices (entries of parameters with two axes

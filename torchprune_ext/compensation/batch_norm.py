@@ -35,7 +35,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], **options: Unpack[Op
     One BatchNorm after the other, in the order in which the model calls them, each behind those that are set already.
     So the statistics are those of the data that the model will see there when it is used, whatever the batches are cut
     into: a mean over samples and positions, :math:`\mu = \frac{1}{n} \sum_i x_i`, and the variance
-    :math:`\frac{1}{n-1} \sum_i (x_i - \mu)^2`, as the host's.
+    :math:`\frac{1}{n-1} \sum_i (x_i - \mu)^2`, as PyTorch's.
 
     :func:`torch.optim.swa_utils.update_bn` differs: it is in train mode, so that dropout is on, every layer sees what
     was normalized by the statistics of its own batch, a last batch of 2 samples counts as much as one of 200, and how

@@ -94,7 +94,7 @@ def _state(target: Target) -> tuple[Any, ...] | None:
 def frozen(model: M) -> Iterator[M]:
     """Let pruned weights be multiplied with their masks once, not at every forward pass, while the scope is open.
 
-    For evaluation and serving. The host multiplies the whole weight with the whole mask in every forward pass, which
+    For evaluation and serving. PyTorch multiplies the whole weight with the whole mask in every forward pass, which
     costs a linear layer several times its own work when the batch is small. In the scope, the product is kept and used
     as long as gradients are off (:func:`torch.no_grad`, :func:`torch.inference_mode`, or parameters that need none).
 

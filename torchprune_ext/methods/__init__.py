@@ -1,7 +1,7 @@
-"""Pruning methods: one criterion bound to one pattern, as subclasses of the host's ``BasePruningMethod``.
+"""Pruning methods: one criterion bound to one pattern, as subclasses of PyTorch's ``BasePruningMethod``.
 
 Each class works in two ways. Its ``apply`` checks everything, computes the mask from fresh weights and only then
-touches the module. Its ``compute_mask`` follows the host's protocol, for whoever drives the class through
+touches the module. Its ``compute_mask`` follows PyTorch's protocol, for whoever drives the class through
 ``torch.nn.utils.prune``, e.g. ``global_unstructured(..., pruning_method=GradientMagnitude)``.
 """
 

@@ -41,7 +41,7 @@ class _Entries(Method):
         self.amount = amount
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
-        """Return the mask for scores ``t``, as the host passes them: finite and >= 0."""
+        """Return the mask for scores ``t``, as PyTorch passes them: finite and >= 0."""
         try:
             check_scores("importance_scores", t, t.shape)
         except ValueError as error:

@@ -37,7 +37,7 @@ class NMStructured(Method):
         dim: axis that the groups run along. None is the reduction axis, the one that the layer's product sums over:
             1 of ``Linear`` and of convolutions, 0 of transposed ones. A layer of a type that torch does not have is
             tried out, as Hugging Face's ``Conv1D``, which keeps (inputs, outputs) and has axis 0. The history tells
-            which it was. A class that the host drives knows no layer, and takes None for 1.
+            which it was. A class that PyTorch drives knows no layer, and takes None for 1.
         pad: let a short last group count as filled up with zeros.
         groups: groups of a transposed convolution that is pruned along axis 0, else 1; with ``dim=None`` those of the
             layer. No group of ``m`` reaches from one of them into the next.
@@ -288,7 +288,7 @@ class BNScaling(Method):
         return install(masks)[0]
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
-        """Return the mask for scores ``t``, as the host passes them; the largest score of a channel counts."""
+        """Return the mask for scores ``t``, as PyTorch passes them; the largest score of a channel counts."""
         check_scores("importance_scores", t, t.shape)
         pattern = Channel(self.dim, self.groups)
         keep = _keep_units(unit_scores(t, pattern, math.inf, default_mask), self.amount, pattern.units)

@@ -41,7 +41,7 @@ class DynamicSparse:
     may grow back in the same update; it then simply was not dropped, and keeps its value. Ties keep, and grow, the
     lower index.
 
-    The masks are the host's, so that ``is_pruned``, :func:`.remove` and state dicts work as ever, and the history has
+    The masks are PyTorch's, so that ``is_pruned``, :func:`.remove` and state dicts work as ever, and the history has
     one entry, ``DynamicSparse(...)``.
 
     Args:

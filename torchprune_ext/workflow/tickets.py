@@ -125,7 +125,7 @@ class LotteryTicket:
 
         Args:
             amount: fraction of the units that are left, in [0, 1); 0.2 is the authors' rate. It is rounded to a number
-                of units as in the host.
+                of units as in PyTorch.
             criterion: as for :func:`.prune_to`, and so are the other arguments.
             unit: what lives or dies together.
             scope: ``"global"``, ``"layer"``, or in which proportion.
