@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 import torchprune_ext as tpe
 from torchprune_ext._graph import evaluating, graph_of, outputs_in
 from torchprune_ext._reordering import Order, reorder
+from torchprune_ext._swaps import best_order
 
 INPUT = "it is multiplied with the model's input, or other values without channels of their own"
 
@@ -369,6 +370,23 @@ def test_n_and_m():
     model = chain(16)
     row = tpe.permute_for_nm(model, torch.randn(2, 6), [(model[2], "weight")], 1, 8).rows[0]
     assert row.after == pytest.approx(kept(model[2].weight, 1, 8), rel=1e-6)
+    assert row.after > row.before
+
+
+def test_of_large_layers_some_outputs_tell(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 60))
+    searched = []
+
+    def noted(stripes, kinds, n):
+        searched.append(stripes[0].scores.shape)
+        return best_order(stripes, kinds, n)
+
+    monkeypatch.setattr("torchprune_ext.permutation.best_order", noted)
+    monkeypatch.setattr("torchprune_ext.permutation.LARGE", 16 * 16 * 25)
+    row = tpe.permute_for_nm(model, torch.randn(2, 6), [(model[2], "weight")]).rows[0]
+    assert searched == [(20, 16)]
+    assert row.after == pytest.approx(kept(model[2].weight), rel=1e-6)
     assert row.after > row.before
 
 

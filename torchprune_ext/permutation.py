@@ -25,6 +25,8 @@ from torchprune_ext.global_pruning.budget import (
 from torchprune_ext.masks import nm_profile
 from torchprune_ext.patterns import NM
 
+LARGE = 1 << 34  # differences of two scores in one look at all exchanges; of larger layers, fewer outputs are asked
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -146,7 +148,7 @@ def permute_for_nm(
 
     Which channels go together follows from one forward pass, as in :func:`~torchprune_ext.deploy.compact.compact`. All
     layers that read the same channels share one order: the one in which the listed ones keep most in sum, as found by
-    exchanges of two channels until none gains. Inputs stay where they are if they are the model's inputs or outputs,
+    exchanges of two channels until none gains; where they are many, every so many outputs tell. Inputs stay where they are if they are the model's inputs or outputs,
     if something unknown reads them, or if the model's code tells them apart; heads of attention, which go as a whole,
     and maps that are flattened channel by channel have nothing to gain.
 
@@ -267,9 +269,11 @@ def _obstacle(group: Group, stay: Mapping[Any, str]) -> str | None:
 def _best(group: Group, own: Sequence[tuple[_Reader, Member]], n: int) -> tuple[Tensor | None, str | None]:
     """Return the order in which the listed readers of a group keep most, and put it down there; or None, and why."""
     m = own[0][0].pattern.m
+    rows = sum(reader.scores.numel() // len(reader.order) * member.indices.shape[1] for reader, member in own)
+    step = -(-rows * group.size**2 // LARGE)
     views: dict[tuple[int, ...], list[Tensor]] = {}
     for reader, member in own:
-        if isinstance(found := _matrices(reader, member.indices), str):
+        if isinstance(found := _matrices(reader, member.indices, step), str):
             return None, found
         for key, matrix in found:
             views.setdefault(key, []).append(matrix)
@@ -294,12 +298,13 @@ def _best(group: Group, own: Sequence[tuple[_Reader, Member]], n: int) -> tuple[
     return order, f"{stuck} of them stay: {group.ordered}" if stuck else None
 
 
-def _matrices(reader: _Reader, indices: Tensor) -> list[tuple[tuple[int, ...], Tensor]] | str:
+def _matrices(reader: _Reader, indices: Tensor, step: int) -> list[tuple[tuple[int, ...], Tensor]] | str:
     """Return the scores of a reader for the search, one matrix for each entry that a channel has; or why not.
 
     Args:
         reader: the reader.
         indices: which of its inputs are channel i, ``(channels, each)``.
+        step: take every so many of its outputs.
 
     Returns:
         For each, which channels share a group of ``m``, as the first of those that do, and the matrix: a column for
@@ -321,7 +326,7 @@ def _matrices(reader: _Reader, indices: Tensor) -> list[tuple[tuple[int, ...], T
     low, high = ends(entry, channel >= 0)
     if bool((low != high)[touched].any()):
         return f"groups of {m} inputs span several of one channel, as where maps are flattened channel by channel"
-    scores = reader.now().movedim(reader.axis, 0).flatten(1).t().float()
+    scores = reader.now().movedim(reader.axis, 0).flatten(1).t()[::step].float()
     found = []
     for place in range(each):
         own = stripes[indices[:, place]]
