@@ -26,6 +26,7 @@ from torchprune_ext.masks import nm_profile
 from torchprune_ext.patterns import NM
 
 LARGE = 1 << 34  # differences of two scores in one look at all exchanges; of larger layers, fewer outputs are asked
+NO_GAIN = "no exchange of two channels keeps more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,8 @@ class _Reader:
     def row(self, before: float) -> Row:
         """Return what became of it."""
         moved = int((self.order != torch.arange(len(self.order))).sum())
-        reason = "; ".join(dict.fromkeys(self.reasons)) or None
+        reasons = [each for each in dict.fromkeys(self.reasons) if not (moved and each == NO_GAIN)]
+        reason = "; ".join(reasons) or None
         return Row(self.name, len(self.order), moved, before, self.share(), reason)
 
 
@@ -193,7 +195,7 @@ def permute_for_nm(
     stay = _stay(model)
     with outside_of_inference(), as_plain(model), torch.no_grad():
         orders = []
-        for group in graph_of(model, example_inputs):
+        for group in graph_of(model, example_inputs, in_order=True):
             own = _reading(group, readers) if n < m else []
             order, why = _best(group, own, n) if (why := _obstacle(group, stay)) is None and own else (None, why)
             if order is not None:
@@ -249,10 +251,10 @@ def _reading(group: Group, readers: Sequence[_Reader]) -> list[tuple[_Reader, Me
 
 def _obstacle(group: Group, stay: Mapping[Any, str]) -> str | None:
     """Return why no channel of a group can change places, or None."""
+    if group.fixed is not None:
+        return group.fixed
     if group.size == 1:
-        return "its inputs go together as one channel"
-    if bool((group.kinds < 0).all()):
-        return group.ordered
+        return "no other channel goes the same ways"
     for member in group.members:
         tensor = getattr(member.module, member.param)
         why = stay.get((member.module, member.param)) or stay.get(id(tensor))
@@ -285,18 +287,17 @@ def _best(group: Group, own: Sequence[tuple[_Reader, Member]], n: int) -> tuple[
         Stripes(torch.cat([each.to(device) for each in same]), _places(key, m).to(device))
         for key, same in views.items()
     ]
-    order = best_order(stripes, group.kinds.to(device), n).cpu()
+    order = best_order(stripes, group.size, n).cpu()
     before, kept = [reader.order for reader, _ in own], sum(reader.kept()[0] for reader, _ in own)
     for reader, member in own:
         reader.order = moved(reader.order, member.indices, order)
-    why = None if sum(reader.kept()[0] for reader, _ in own) > kept else "no exchange of two channels keeps more"
+    why = None if sum(reader.kept()[0] for reader, _ in own) > kept else NO_GAIN
     why = why or _breaks(group, order, own[0][0].pattern)
     if why is not None:
         for (reader, _), old in zip(own, before, strict=True):
             reader.order = old
         return None, why
-    stuck = int((group.kinds < 0).sum())
-    return order, f"{stuck} of them stay: {group.ordered}" if stuck else None
+    return order, None
 
 
 def _matrices(reader: _Reader, indices: Tensor, step: int) -> list[tuple[tuple[int, ...], Tensor]] | str:
