@@ -116,18 +116,24 @@ class Book:
         fixed: labels that must stay, and why.
         reads: products that sum over labels.
         grids: fields that vary along two axes or more since a view, so that only whole rows or columns can go.
+        blocks: the same of the outputs of a convolution, one row for each of its groups.
         heads: labels of what is multiplied head by head.
         symmetric: places in ``fixed`` of channels that cannot go, but can change places with each other.
+        counted: places in ``pairs`` of channels that can only go together, but of which each has a place of its own.
         parts: labels of what is cut out of a tensor whose axis counts channels, for each piece.
+        within: labels, and those of what each of them must stay with, as the inputs that belong to a head.
     """
 
     pairs: list[Tensor] = field(default_factory=list)
     fixed: list[tuple[Tensor, str]] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
+    blocks: list[Tensor] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
     symmetric: set[int] = field(default_factory=set)
+    counted: set[int] = field(default_factory=set)
     parts: list[Tensor] = field(default_factory=list)
+    within: list[Tensor] = field(default_factory=list)
 
     def fix(self, labels: Tensor, why: str, *, symmetric: bool = False) -> None:
         """Note that channels must stay; ``symmetric``: their number, but not their order."""
@@ -144,10 +150,7 @@ class Book:
 
     def unify(self, one: Tensor, other: Tensor) -> None:
         """Note that two fields of the same shape give each entry the same channel under two labels."""
-        for axis in range(one.dim()):
-            if still(one, axis) and still(other, axis):
-                one, other = one.narrow(axis, 0, 1), other.narrow(axis, 0, 1)
-        pairs = torch.stack([one.reshape(-1), other.reshape(-1)])
+        pairs = _side_by_side(one, other)
         pairs = pairs[:, pairs[0] != pairs[1]]
         lonely = (pairs == 0).any(0)
         if bool(lonely.any()):
@@ -198,8 +201,12 @@ class Book:
             one, other = other, one
         common = varying(one) & varying(other)
         if varying(one) == varying(other) or slow(one) in varying(other):
-            rest = varying(one) - common
+            rest, start = varying(one) - common, len(self.pairs)
             self.unify(self.joined(one, rest) if rest else one, other)
+            if rest:  # whole heads go, but what belongs to a head has no order in it
+                self.counted.update(range(start, len(self.pairs)))
+                pairs = _side_by_side(one, other)
+                self.within.append(pairs[:, (pairs > 0).all(0)].unique(dim=1))
         else:  # as the one rotation of all heads: heads go as a whole, and what they share stays
             self.fix(other, "it is shared by several heads")
             self.joined(one, common)
@@ -207,6 +214,14 @@ class Book:
             self.fix(one, "it meets another tensor crosswise")
             self.fix(other, "it meets another tensor crosswise")
         return one
+
+
+def _side_by_side(one: Tensor, other: Tensor) -> Tensor:
+    """Return the labels of two fields of the same shape, ``(2, n)``, without what is the same all along an axis."""
+    for axis in range(one.dim()):
+        if still(one, axis) and still(other, axis):
+            one, other = one.narrow(axis, 0, 1), other.narrow(axis, 0, 1)
+    return torch.stack([one.reshape(-1), other.reshape(-1)])
 
 
 def still(facts: Tensor, axis: int) -> bool:

@@ -79,10 +79,6 @@ class Group:
         readings: the products that sum over them.
         fixed: why they must stay, or None.
         heads: whether a channel is a head of attention; with grouped queries, a key with all its queries.
-        kinds: int64 of shape ``(size,)``: channels of the same number can change places with each other; -1 for those
-            that cannot with any.
-        ordered: why some of them cannot, or None. It is not ``fixed``: LayerNorm, say, needs all channels, in whatever
-            order.
     """
 
     size: int
@@ -90,8 +86,6 @@ class Group:
     readings: tuple[Reading, ...]
     fixed: str | None
     heads: bool
-    kinds: Tensor
-    ordered: str | None
 
     @property
     def names(self) -> list[str]:
@@ -130,12 +124,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def graph_of(model: nn.Module, example_inputs: Any) -> tuple[Group, ...]:
+def graph_of(model: nn.Module, example_inputs: Any, *, in_order: bool = False) -> tuple[Group, ...]:
     """Find the channels of ``model`` by one forward pass in eval mode, and leave it as it was.
 
     Args:
         model: any module. Pruned tensors count with their effective weights.
         example_inputs: one batch: a tensor, a tuple of positional or a mapping of keyword arguments.
+        in_order: find channels that can change places, instead of channels that can go. Each group is of channels that
+            can do so with each other: LayerNorm needs all of them, in whatever order; of a head, all can change places
+            within it; and what slices tell apart is in groups of its own.
 
     Returns:
         The groups, in the order of the model's parameters.
@@ -168,7 +165,7 @@ def graph_of(model: nn.Module, example_inputs: Any) -> tuple[Group, ...]:
             for path, module in model.named_modules()
             for key in (*module._parameters, *module._buffers)
         }
-        return tuple(_groups(trace, owners))
+        return tuple(_groups(trace, owners, in_order))
 
 
 def _refuse_unseen(model: nn.Module) -> None:
@@ -226,14 +223,15 @@ def _components(count: int, pairs: Tensor) -> Tensor:
     return root
 
 
-def _settled(trace: Trace) -> Tensor:
+def _settled(trace: Trace, in_order: bool) -> Tensor:
     """Return, for each label, the smallest label of its channel, such that all grids can be cut in rows or columns."""
     book = trace.book
-    pairs = torch.cat([torch.zeros((2, 0), dtype=torch.int64), *(each.cpu() for each in book.pairs)], 1)
+    binding = [each.cpu() for place, each in enumerate(book.pairs) if not (in_order and place in book.counted)]
+    pairs = torch.cat([torch.zeros((2, 0), dtype=torch.int64), *binding], 1)
     while True:
         root = _components(trace.count, pairs)
         more = []
-        for grid in book.grids:
+        for grid in book.blocks if in_order else [*book.grids, *book.blocks]:
             labels = root[grid.cpu().squeeze()]
             axes = [axis for axis in range(labels.dim()) if bool((labels != labels.narrow(axis, 0, 1)).any())]
             if len(axes) == 2:  # neither rows nor columns are whole: channel j of each part goes together
@@ -246,16 +244,18 @@ def _settled(trace: Trace) -> Tensor:
         pairs = torch.cat([pairs, *more], 1)
 
 
-def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterator[Group]:
+def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]], in_order: bool) -> Iterator[Group]:
     """Yield the groups that a trace has found."""
-    root, reads = _settled(trace), trace.book.reads
+    root, reads, fixed = _settled(trace, in_order), trace.book.reads, trace.book.fixed
+    if in_order:
+        fixed = [each for place, each in enumerate(fixed) if place not in trace.book.symmetric]
+        fixed += [(pairs[1].unique(), "several channels belong to each") for pairs in trace.book.within]
     why = torch.zeros(trace.count, dtype=torch.int64)  # by the smallest label: 0, or 1 + place among the reasons
-    for place, (labels, _) in reversed(list(enumerate(trace.book.fixed))):
+    for place, (labels, _) in reversed(list(enumerate(fixed))):
         why[root[labels.cpu()]] = place + 1
     heads = torch.zeros(trace.count, dtype=torch.bool)
     for labels in trace.book.heads:
         heads[root[labels.cpu()]] = True
-    treated, ordered = _treated(trace, root)
     axis_of = torch.zeros(trace.count, dtype=torch.int64)
     for place, (_, _, start, size) in enumerate(trace.axes):
         axis_of[start : start + size] = place
@@ -266,9 +266,11 @@ def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterat
     read_labels = [each.labels.cpu() for each in reads]
     for place, labels in enumerate(read_labels):
         kind.index_add_(0, root[labels], keys[len(trace.axes) + place].expand(len(labels)))
-    reasons = {text: place + 1 for place, text in enumerate(dict.fromkeys(text for _, text in trace.book.fixed))}
-    told = torch.tensor([0, *(reasons[text] for _, text in trace.book.fixed)])
+    reasons = {text: place + 1 for place, text in enumerate(dict.fromkeys(text for _, text in fixed))}
+    told = torch.tensor([0, *(reasons[text] for _, text in fixed)])
     kind = (kind * 1_000_003 + told[why]) * 2 + heads
+    if in_order:
+        kind = kind * 1_000_003 + _apart(trace, root)
     by_weights = [labels for labels, read in zip(read_labels, reads, strict=True) if read.reader is not None]
     reading_labels = set(torch.cat([torch.zeros(0, dtype=torch.int64), *by_weights]).tolist())
     kinds, kind_of = kind[root].unique(return_inverse=True)
@@ -285,29 +287,22 @@ def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]]) -> Iterat
             labels = part[axis_of[part] == place].view(size, -1)
             module, key = owners[name]
             members.append(Member(module, key, name, axis, int(labels[0, 0]) in reading_labels, labels - start))
-        text = trace.book.fixed[int(why[root[part[0]]]) - 1][1] if int(why[root[part[0]]]) else None
+        text = fixed[int(why[root[part[0]]]) - 1][1] if int(why[root[part[0]]]) else None
         own = tuple(readings.get(int(kind_of[part[0]]), ()))
         text = "nothing reads it" if text is None and not own else text
-        channels = root[part].unique()
-        stays = next((ordered[each] for each in channels.tolist() if each in ordered), None)
-        yield Group(size, tuple(members), own, text, bool(heads[channels[0]]), treated[channels], stays)
+        yield Group(size, tuple(members), own, text, bool(heads[root[part[0]]]))
 
 
-def _treated(trace: Trace, root: Tensor) -> tuple[Tensor, dict[int, str]]:
-    """Return, for each label, a number of all that are cut out of tensors alike, or -1, and why, by smallest label."""
+def _apart(trace: Trace, root: Tensor) -> Tensor:
+    """Return a number for each label: only channels of the same number can change places with each other."""
     made = torch.Generator().manual_seed(1)
-    parts = [root[labels.cpu()] for labels in trace.book.parts]
-    treated = torch.zeros(trace.count, dtype=torch.int64)
-    for labels, key in zip(parts, torch.randint(1 << 62, (len(parts),), generator=made).tolist(), strict=True):
-        treated[labels.unique()] += key
-    treated &= (1 << 62) - 1
-    why: dict[int, str] = {}
-    for place, (labels, text) in enumerate(trace.book.fixed):
-        if place not in trace.book.symmetric:
-            for each in root[labels.cpu()].unique().tolist():
-                why.setdefault(each, text)
-    treated[list(why)] = -1
-    return treated, why
+    number = torch.zeros(trace.count, dtype=torch.int64)
+    for labels in trace.book.parts:
+        number[root[labels.cpu()].unique()] += torch.randint(1 << 62, (1,), generator=made)
+    for pairs in trace.book.within:
+        own, owner = root[pairs.cpu()].unique(dim=1)
+        number.index_add_(0, own, torch.randint(1 << 62, (trace.count,), generator=made)[owner])
+    return number
 
 
 def _readings(trace: Trace, root: Tensor, kind_of: Tensor, read_labels: list[Tensor]) -> dict[int, list[Reading]]:

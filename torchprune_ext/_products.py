@@ -139,7 +139,7 @@ def convolution(book: Book, op: Operation) -> list[Facts]:
             if lone is not None:
                 book.fix(lone, ALONE)
     if rows is not None and groups > 1 and weight.shape[1] > 1:
-        book.grids.append(rows.view(groups, -1))
+        book.blocks.append(rows.view(groups, -1))
     moving = squeezed(fx.moves).transpose(0, 1).flatten(1).any(1).expand(x.shape[1]).view(groups, 1, -1)
     alive = (_nonzero(weight, groups) & moving).any(2).view(shape) | bool(fw.moves.any())
     if transposed or any(bool(pad) for pad in padding):  # what zeros around do may show at another size only

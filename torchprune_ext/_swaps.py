@@ -25,7 +25,7 @@ class Stripes:
     places: Tensor
 
 
-def best_order(stripes: Sequence[Stripes], kinds: Tensor, n: int) -> Tensor:
+def best_order(stripes: Sequence[Stripes], channels: int, n: int) -> Tensor:
     """Find an order of channels in which the ``n`` largest of each row of each stripe have a large sum.
 
     Begins with the order that there is. What an exchange of two channels would gain is known for all pairs at once: of
@@ -36,7 +36,7 @@ def best_order(stripes: Sequence[Stripes], kinds: Tensor, n: int) -> Tensor:
 
     Args:
         stripes: the scores of everything that reads the channels in the same order.
-        kinds: int64 of shape ``(channels,)``: only channels of the same number, at least 0, may be exchanged.
+        channels: how many there are.
         n: entries that each row of a stripe keeps, less than ``m``.
 
     Returns:
@@ -47,8 +47,7 @@ def best_order(stripes: Sequence[Stripes], kinds: Tensor, n: int) -> Tensor:
         Pool & Yu 2021, *Channel Permutations for N:M Sparsity*, whose objective this is, and whose greedy exchanges
         between stripes it makes many of at a time.
     """
-    order = torch.arange(len(kinds), device=kinds.device)
-    apart = (kinds[:, None] != kinds) | (kinds < 0)
+    order = torch.arange(channels, device=stripes[0].scores.device)
     views = [_View(each, n, order) for each in stripes]
     best, kept = order.clone(), -1.0
     while True:
@@ -56,7 +55,7 @@ def best_order(stripes: Sequence[Stripes], kinds: Tensor, n: int) -> Tensor:
         if total <= kept:  # rounding has led astray
             return best
         best, kept = order.clone(), total
-        chosen = _exchanges(views, order, apart)
+        chosen = _exchanges(views, order)
         if not len(chosen):
             return best
         order[chosen] = order[chosen.flip(1)]
@@ -64,7 +63,7 @@ def best_order(stripes: Sequence[Stripes], kinds: Tensor, n: int) -> Tensor:
             view.update(view.of[chosen.flatten()].unique(), order)
 
 
-def _exchanges(views: Sequence["_View"], order: Tensor, apart: Tensor) -> Tensor:
+def _exchanges(views: Sequence["_View"], order: Tensor) -> Tensor:
     """Return pairs of places, ``(pairs, 2)``, whose exchanges gain and do not touch the same stripes."""
     gains = torch.zeros((len(order), len(order)), device=order.device)
     least = torch.zeros(len(order), device=order.device)
@@ -73,7 +72,7 @@ def _exchanges(views: Sequence["_View"], order: Tensor, apart: Tensor) -> Tensor
         after = view.replaced[:, order]
         gains += (after + after.t() - own[:, None] - own).masked_fill_(view.of[:, None] == view.of, 0)
         least += LEAST * own
-    gains, partners = gains.masked_fill_(apart, 0).max(1)
+    gains, partners = gains.max(1)
     falling = gains.argsort(descending=True, stable=True)
     falling = falling[gains[falling] > least[falling]]
     rows = torch.stack([falling, partners[falling], *(v.of[x] for v in views for x in (falling, partners[falling]))], 1)

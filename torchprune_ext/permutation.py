@@ -25,6 +25,9 @@ from torchprune_ext.global_pruning.budget import (
 from torchprune_ext.masks import nm_profile
 from torchprune_ext.patterns import NM
 
+LARGE = 1 << 34  # differences of two scores in one look at all exchanges; of larger layers, fewer outputs are asked
+NO_GAIN = "no exchange of two channels keeps more"
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -124,7 +127,8 @@ class _Reader:
     def row(self, before: float) -> Row:
         """Return what became of it."""
         moved = int((self.order != torch.arange(len(self.order))).sum())
-        reason = "; ".join(dict.fromkeys(self.reasons)) or None
+        reasons = [each for each in dict.fromkeys(self.reasons) if not (moved and each == NO_GAIN)]
+        reason = "; ".join(reasons) or None
         return Row(self.name, len(self.order), moved, before, self.share(), reason)
 
 
@@ -146,9 +150,10 @@ def permute_for_nm(
 
     Which channels go together follows from one forward pass, as in :func:`~torchprune_ext.deploy.compact.compact`. All
     layers that read the same channels share one order: the one in which the listed ones keep most in sum, as found by
-    exchanges of two channels until none gains. Inputs stay where they are if they are the model's inputs or outputs,
-    if something unknown reads them, or if the model's code tells them apart; heads of attention, which go as a whole,
-    and maps that are flattened channel by channel have nothing to gain.
+    exchanges of two channels until none gains (in very large layers, as far as every so many outputs tell). Inputs
+    stay where they are if they are the model's inputs or outputs, if something unknown reads them, or if the model's
+    code tells them apart; heads of attention, which go as a whole, and maps that are flattened channel by channel have
+    nothing to gain.
 
     Before it returns, all outputs are compared with those of before as ``compact`` does, in eval mode, on
     ``example_inputs``, on other values and on other sizes.
@@ -191,7 +196,7 @@ def permute_for_nm(
     stay = _stay(model)
     with outside_of_inference(), as_plain(model), torch.no_grad():
         orders = []
-        for group in graph_of(model, example_inputs):
+        for group in graph_of(model, example_inputs, in_order=True):
             own = _reading(group, readers) if n < m else []
             order, why = _best(group, own, n) if (why := _obstacle(group, stay)) is None and own else (None, why)
             if order is not None:
@@ -247,10 +252,10 @@ def _reading(group: Group, readers: Sequence[_Reader]) -> list[tuple[_Reader, Me
 
 def _obstacle(group: Group, stay: Mapping[Any, str]) -> str | None:
     """Return why no channel of a group can change places, or None."""
+    if group.fixed is not None:
+        return group.fixed
     if group.size == 1:
-        return "its inputs go together as one channel"
-    if bool((group.kinds < 0).all()):
-        return group.ordered
+        return "no other channel goes the same ways"
     for member in group.members:
         tensor = getattr(member.module, member.param)
         why = stay.get((member.module, member.param)) or stay.get(id(tensor))
@@ -268,9 +273,11 @@ def _obstacle(group: Group, stay: Mapping[Any, str]) -> str | None:
 def _best(group: Group, own: Sequence[tuple[_Reader, Member]], n: int) -> tuple[Tensor | None, str | None]:
     """Return the order in which the listed readers of a group keep most, and put it down there; or None, and why."""
     m = own[0][0].pattern.m
+    rows = sum(reader.scores.numel() // len(reader.order) * member.indices.shape[1] for reader, member in own)
+    step = -(-rows * group.size**2 // LARGE)
     views: dict[tuple[int, ...], list[Tensor]] = {}
     for reader, member in own:
-        if isinstance(found := _matrices(reader, member.indices), str):
+        if isinstance(found := _matrices(reader, member.indices, step), str):
             return None, found
         for key, matrix in found:
             views.setdefault(key, []).append(matrix)
@@ -281,26 +288,26 @@ def _best(group: Group, own: Sequence[tuple[_Reader, Member]], n: int) -> tuple[
         Stripes(torch.cat([each.to(device) for each in same]), _places(key, m).to(device))
         for key, same in views.items()
     ]
-    order = best_order(stripes, group.kinds.to(device), n).cpu()
+    order = best_order(stripes, group.size, n).cpu()
     before, kept = [reader.order for reader, _ in own], sum(reader.kept()[0] for reader, _ in own)
     for reader, member in own:
         reader.order = moved(reader.order, member.indices, order)
-    why = None if sum(reader.kept()[0] for reader, _ in own) > kept else "no exchange of two channels keeps more"
+    why = None if sum(reader.kept()[0] for reader, _ in own) > kept else NO_GAIN
     why = why or _breaks(group, order, own[0][0].pattern)
     if why is not None:
         for (reader, _), old in zip(own, before, strict=True):
             reader.order = old
         return None, why
-    stuck = int((group.kinds < 0).sum())
-    return order, f"{stuck} of them stay: {group.ordered}" if stuck else None
+    return order, None
 
 
-def _matrices(reader: _Reader, indices: Tensor) -> list[tuple[tuple[int, ...], Tensor]] | str:
+def _matrices(reader: _Reader, indices: Tensor, step: int) -> list[tuple[tuple[int, ...], Tensor]] | str:
     """Return the scores of a reader for the search, one matrix for each entry that a channel has; or why not.
 
     Args:
         reader: the reader.
         indices: which of its inputs are channel i, ``(channels, each)``.
+        step: take every so many of its outputs.
 
     Returns:
         For each, which channels share a group of ``m``, as the first of those that do, and the matrix: a column for
@@ -322,7 +329,7 @@ def _matrices(reader: _Reader, indices: Tensor) -> list[tuple[tuple[int, ...], T
     low, high = ends(entry, channel >= 0)
     if bool((low != high)[touched].any()):
         return f"groups of {m} inputs span several of one channel, as where maps are flattened channel by channel"
-    scores = reader.now().movedim(reader.axis, 0).flatten(1).t().float()
+    scores = reader.now().movedim(reader.axis, 0).flatten(1).t()[::step].float()
     found = []
     for place in range(each):
         own = stripes[indices[:, place]]
