@@ -19,7 +19,7 @@ from torchprune_ext._loading import with_progress
 from torchprune_ext._runs import Run
 from torchprune_ext._tables import table
 from torchprune_ext.compensation.batch_norm import Attributes
-from torchprune_ext.compensation.blocks import (
+from torchprune_ext.compensation.block_outputs import (
     Blocks,
     Calls,
     Distance,
@@ -284,15 +284,15 @@ class Task:
         return Refined(tuple(rows), RefinedBlock(name, before[0], end, kept, epochs))
 
     def _to_the_end(self, inputs: Any) -> None:
-        hand_out((None, self.run.output(inputs)))
+        _stop_at(None, self.run.output(inputs))
 
     def _reach(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for a block's forward: hand out what it gives or gets, and go on when the block is fitted."""
         if self.dense:
             output = forward(*args, **kwargs)
-            hand_out((block, output))
+            _stop_at(block, output)
             return output
-        hand_out((block, (forward, args, kwargs)))
+        _stop_at(block, (forward, args, kwargs))
         return forward(*args, **kwargs)
 
     def _resume(self, attributes: Attributes, dense: Coroutine, fitted: Coroutine) -> tuple[Stop, Stop]:
@@ -348,6 +348,10 @@ class Task:
 
     def _ended(self, batch: Batch, dense: Stop, fitted: Stop) -> Parts:
         return lambda: self.distances[-1](fitted[1], dense[1], batch).reshape(1)
+
+
+def _stop_at(block: nn.Module | None, value: Any) -> None:
+    hand_out((block, value))
 
 
 def _tell(bar: Any, error: float) -> None:

@@ -15,7 +15,7 @@ from torchprune_ext._loading import Options, taken
 from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._runs import calibrating, refuse_lazy
 from torchprune_ext.compensation.block_fitting import Recipe, Refined, Task
-from torchprune_ext.compensation.blocks import Loss, counted, found_blocks, given_blocks
+from torchprune_ext.compensation.block_outputs import Loss, counted, found_blocks, given_blocks
 from torchprune_ext.compensation.descent import MakeOptimizer, adam
 from torchprune_ext.compensation.reference import Dense, reference_tables
 from torchprune_ext.compensation.streams import Tables
