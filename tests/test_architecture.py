@@ -98,7 +98,7 @@ ORDER = [
     "compensation.rounds",
     "compensation.descent",
     "compensation.survivors",
-    "compensation.blocks",
+    "compensation.block_outputs",
     "compensation.block_fitting",
     "compensation.refining",
     "workflow.apportion",

@@ -94,7 +94,7 @@ def trained(parameters, error, fit, aside, epochs, rate, best_of):
             optimizer.step()
         errors.append(kept_aside())
         states.append(best_of())
-        if errors[-1] > errors[-2]:
+        if len(errors) - 1 - min(range(len(errors)), key=errors.__getitem__) >= max(epochs // 5, 1):
             break
     return errors, states[min(range(len(errors)), key=errors.__getitem__)]
 

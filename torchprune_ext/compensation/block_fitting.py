@@ -19,7 +19,7 @@ from torchprune_ext._loading import with_progress
 from torchprune_ext._runs import Run
 from torchprune_ext._tables import table
 from torchprune_ext.compensation.batch_norm import Attributes
-from torchprune_ext.compensation.blocks import (
+from torchprune_ext.compensation.block_outputs import (
     Blocks,
     Calls,
     Distance,
@@ -29,6 +29,7 @@ from torchprune_ext.compensation.blocks import (
     instead_of_forward,
     same,
     sample_axes,
+    tensors_of,
 )
 from torchprune_ext.compensation.coroutines import Coroutine, hand_out
 from torchprune_ext.compensation.descent import Descent, Free, MakeOptimizer, Parts, descend, measured
@@ -157,20 +158,45 @@ class Task:
                     "be told from noise. Switch off what is random, as dropout that is always on."
                 )
         if sequence:
-            for block, [(args, kwargs, output)] in seen.items():
-                alone = block.forward(*copied(args), **copied(kwargs))
-                if not same(output, alone):
-                    raise ValueError(
-                        f"{self.calls.blocks[block]} gives another output when it is called again with the same "
-                        "arguments, as with a cache of keys and values. Switch that off (use_cache=False), or pass "
-                        "whole=True."
-                    )
+            self._refuse_shared()
+            for block, [call] in seen.items():
+                self._refuse_memory(block, *call)
         masked = [batch for batch in [*fit, *aside] if batch.mask is not None]
         axes: Sequence[list[int] | None] = [None] * len(names)
         if masked:
             axes = sample_axes(self.calls, masked[0], self.calls.outputs(masked[0].inputs), names)
         losses = [*[None] * len(self.calls.inner), self.loss]
         self.distances = [Distance(*each) for each in zip(names, axes, losses, strict=True)]
+
+    def _refuse_memory(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Refuse a block that cannot be called again and again with the same arguments, forwards and backwards."""
+        free, error = [each.parameter for each in self.free.values()], None
+        again = [output]
+        try:
+            with torch.enable_grad():
+                for _ in range(2):
+                    again.append(block.forward(*copied(args), **copied(kwargs)))
+                    total = sum(tensor.sum() for tensor in tensors_of(again[-1]))
+                    if isinstance(total, Tensor) and total.requires_grad:
+                        torch.autograd.grad(total, free, allow_unused=True)
+        except (RuntimeError, IndexError, ValueError) as raised:
+            error = raised
+        if error is not None or not all(same(output, each) for each in again):
+            raise ValueError(
+                f"{self.calls.blocks[block]} gives another output, or fails, when it is called again with the same "
+                "arguments, as with a cache of keys and values. Switch that off (use_cache=False), or pass whole=True."
+            ) from error
+
+    def _refuse_shared(self) -> None:
+        """Refuse blocks that hold the same tensor, which cannot be fitted one after the other."""
+        inside = {name: set(block.modules()) for block, name in self.calls.blocks.items()}
+        for held in self.free:
+            sharing = [name for name, modules in inside.items() if held.modules & modules]
+            if len(sharing) > 1:
+                raise ValueError(
+                    f"{' and '.join(sharing)} share {held.listed[0].where}, so they cannot be fitted one after the "
+                    "other. Pass whole=True, freeze it, or leave all but one of them out of blocks."
+                )
 
     # --- the model as a whole
 
@@ -258,15 +284,15 @@ class Task:
         return Refined(tuple(rows), RefinedBlock(name, before[0], end, kept, epochs))
 
     def _to_the_end(self, inputs: Any) -> None:
-        hand_out((None, self.run.output(inputs)))
+        _stop_at(None, self.run.output(inputs))
 
     def _reach(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for a block's forward: hand out what it gives or gets, and go on when the block is fitted."""
         if self.dense:
             output = forward(*args, **kwargs)
-            hand_out((block, output))
+            _stop_at(block, output)
             return output
-        hand_out((block, (forward, args, kwargs)))
+        _stop_at(block, (forward, args, kwargs))
         return forward(*args, **kwargs)
 
     def _resume(self, attributes: Attributes, dense: Coroutine, fitted: Coroutine) -> tuple[Stop, Stop]:
@@ -293,13 +319,6 @@ class Task:
         compare = self.distances[self.calls.inner.index(block)]
         inside = set(block.modules())
         free = [each for held, each in self.free.items() if held.modules <= inside]
-        for held in self.free:
-            shared = [name for other, name in self.calls.blocks.items() if held.modules & set(other.modules())]
-            if held.modules & inside and len(shared) > 1:
-                raise ValueError(
-                    f"{' and '.join(shared)} share {held.listed[0].where}, so they cannot be fitted one after the "
-                    "other. Pass whole=True, freeze it, or leave all but one of them out of blocks."
-                )
 
         def parts_of(batch: Batch, dense: Stop, fitted: Stop) -> Parts:
             (_, target), (_, (forward, args, kwargs)) = dense, fitted
@@ -329,6 +348,10 @@ class Task:
 
     def _ended(self, batch: Batch, dense: Stop, fitted: Stop) -> Parts:
         return lambda: self.distances[-1](fitted[1], dense[1], batch).reshape(1)
+
+
+def _stop_at(block: nn.Module | None, value: Any) -> None:
+    hand_out((block, value))
 
 
 def _tell(bar: Any, error: float) -> None:

@@ -15,7 +15,7 @@ from torchprune_ext._loading import Options, taken
 from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._runs import calibrating, refuse_lazy
 from torchprune_ext.compensation.block_fitting import Recipe, Refined, Task
-from torchprune_ext.compensation.blocks import Loss, counted, found_blocks, given_blocks
+from torchprune_ext.compensation.block_outputs import Loss, counted, found_blocks, given_blocks
 from torchprune_ext.compensation.descent import MakeOptimizer, adam
 from torchprune_ext.compensation.reference import Dense, reference_tables
 from torchprune_ext.compensation.streams import Tables
@@ -49,9 +49,10 @@ def refine(
     - With ``whole``, all at once, to the mean error of the outputs of all blocks and of the model. What one batch
       needs is held, as in training; the reference model runs again for each batch.
 
-    A part of the batches is kept aside. After each epoch the error on them is taken: it ends when that rises, and the
-    best values are kept, those that were there if none are better. In sequence, where the model's output is worse in
-    the end although each block is better, all is as it was too.
+    A part of the batches is kept aside. After each epoch the error on them is taken. It ends when that has risen, for
+    an epoch, or for a fifth of them where there are more than nine, and the best values are kept, those that were there
+    if none are better. In sequence, where the model's output is worse in the end although each block is better, all is
+    as it was too; as a whole, the output must not get worse for the sake of the blocks, but single blocks may.
 
     What may change is what requires grad: the survivors of pruned tensors, biases, norms, layers that are not pruned;
     in sequence those that only a block holds. The tables of embeddings stay, as most of their rows are not in the
