@@ -79,6 +79,7 @@ ORDER = [
     "global_pruning.nm",
     "global_pruning.zeros",
     "compensation.coroutines",
+    "compensation.blocks",
     "compensation.batch_norm",
     "compensation.solvers",
     "compensation.greedy",
