@@ -78,21 +78,21 @@ def the_same_on_all(model, group):
 
 def find_what_one_finds(rank, group, calls=CALLS):
     size = dist.get_world_size(group)
-    for name, call in ((name, call) for name in MODELS for call in calls):
+    for name, call in [*itertools.product(["tokens"], calls), ("residual", "admm, share"), ("residual", "rounds")]:
         each = shares(name, size)
-        alone, model = (c.build(MODELS[name][0]) for _ in range(2))
-        wanted = CALLS[call](alone, [batch for share in each for batch in share], progress=False)
+        model = c.build(MODELS[name][0])
         found = CALLS[call](model, each[rank], progress=False, process_group=group)
         the_same_on_all(model, group)
+        if rank:
+            continue  # the first looks for all
+        alone = c.build(MODELS[name][0])
+        wanted = CALLS[call](alone, [batch for share in each for batch in share], progress=False)
         for key, tensor in values(alone).items():
             # Sums in another order, times the condition of the least squares, which the ridge bounds.
             torch.testing.assert_close(values(model)[key], tensor, rtol=1e-6, atol=1e-8, msg=f"{name}, {call}, {key}")
-        assert [fit.rows for fit in found.values()] == [fit.rows for fit in wanted.values()]
-        torch.testing.assert_close(
-            [[fit.before, fit.after] for fit in found.values()],
-            [[fit.before, fit.after] for fit in wanted.values()],
-            rtol=1e-6, atol=1e-9, msg=f"{name}, {call}",
-        )  # fmt: skip
+        for one, other in zip(found.values(), wanted.values(), strict=True):
+            torch.testing.assert_close([one.before, one.after], [other.before, other.after], rtol=1e-6, atol=1e-9)
+            assert one.rows == other.rows
 
 
 def masks_and_references_are_taken_as_they_are_for_one(rank, group):
@@ -124,7 +124,7 @@ def masks_and_references_are_taken_as_they_are_for_one(rank, group):
 
 def different_machines_get_the_same(rank, group):
     """What one rank solves is rounded in another way, as on another processor."""
-    for call in QUICK:
+    for call in ("admm, share", "target_macs"):
         before = tpe.compensation.fitting.Task._posed
 
         def posed(self, *args, before=before):
@@ -301,7 +301,7 @@ def run(rank, init):
         with pytest.raises(TypeError, match=r"process_group=.* is not a group that this process is in"):
             tpe.compensate(nn.Linear(2, 2), [], [], process_group=pair)
     dist.barrier()
-    find_what_one_finds(rank, dist.group.WORLD, QUICK)
+    find_what_one_finds(rank, dist.group.WORLD, QUICK[:3])
     dist.destroy_process_group()
 
 

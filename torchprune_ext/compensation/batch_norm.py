@@ -23,7 +23,8 @@ from torchprune_ext._loading import Options, taken, with_progress
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._rows import find_sample_axes
 from torchprune_ext._runs import Run, calibrating, refuse_lazy, wide
-from torchprune_ext.compensation.coroutines import Coroutine, hand_out
+from torchprune_ext.compensation.blocks import OTHER_WAY, blocks_for
+from torchprune_ext.compensation.coroutines import Call, calls_of, hand_out
 
 Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
 GONE = object()
@@ -140,9 +141,12 @@ class _Pass:
                 check_mask(batch.mask, batch.size)
             if masked:
                 self.axes = find_sample_axes(self.run, self.layers, masked[0], dict.fromkeys(self.layers, 0))
-        calls = [Coroutine(partial(self.run.output, batch.inputs), self.run.device.type) for batch in batches]
+            works = [partial(self.run.output, batch.inputs) for batch in batches]
+            each = calls_of(works, self.run.device.type)
+            blocks = blocks_for(self.run, list(self.layers), each, batches)
+        calls = [call for [call] in each]
         try:
-            with self._stopping():
+            with self._stopping(), blocks.standing_in():
                 for _ in chain(bar, repeat(None)):
                     if not self._next(calls, batches):
                         return self.found
@@ -156,7 +160,7 @@ class _Pass:
         """Let each layer hand out its input before it normalizes that."""
 
         def stop(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            hand_out((layer, [*args, *kwargs.values()][0].detach()))
+            hand_out(layer, [*args, *kwargs.values()][0].detach(), known=layer in self.found)
             return forward(*args, **kwargs)
 
         plain = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda function: function
@@ -164,16 +168,14 @@ class _Pass:
             vars(layer)["forward"] = plain(partial(stop, layer, layer.forward))
         yield  # whoever has opened the model puts it back
 
-    def _next(self, calls: Sequence[Coroutine], batches: Sequence[Batch]) -> bool:
+    def _next(self, calls: Sequence[Call], batches: Sequence[Batch]) -> bool:
         """Let all batches go on to the next layer and set it; return False if they have come to the end instead."""
         ranks = self.run.ranks
         with ranks.together():
             stops: list[tuple[nn.Module, Tensor] | None] = [self.attributes.resume(call) for call in calls]
             layer = None if stops[0] is None else stops[0][0]
             if {None if stop is None else stop[0] for stop in stops} != {layer}:
-                raise ValueError(
-                    "loader: batches take different ways through the model. Pass such that call the same layers."
-                )
+                raise ValueError(OTHER_WAY)
             if layer in self.found:
                 raise ValueError(
                     f"{self.layers[layer]} is called twice in a pass, so its statistics decide about what it gets. "
@@ -258,9 +260,9 @@ class Attributes:
         self.tables = [vars(module) for module in model.modules()]
         self.before = [dict(table) for table in self.tables]
         self.changing: set[tuple[int, str]] = set()
-        self.held: dict[Coroutine, dict[tuple[int, str], Any]] = {}
+        self.held: dict[Call, dict[tuple[int, str], Any]] = {}
 
-    def resume(self, call: Coroutine) -> Any:
+    def resume(self, call: Call) -> Any:
         """Let ``call`` go on, with the attributes that modules had when it stopped."""
         held = self.held.get(call, {})
         for place, key in self.changing:
@@ -274,5 +276,6 @@ class Attributes:
             self.changing |= {
                 (place, key) for key, value in table.items() if value is not before.get(key, GONE) and key != "forward"
             }
-        self.held[call] = {(place, key): self.tables[place].get(key, GONE) for place, key in self.changing}
+        if not call.restarts:
+            self.held[call] = {(place, key): self.tables[place].get(key, GONE) for place, key in self.changing}
         return stop

@@ -351,7 +351,7 @@ class Task:
 
 
 def _stop_at(block: nn.Module | None, value: Any) -> None:
-    hand_out((block, value))
+    hand_out(block, value, known=False)
 
 
 def _tell(bar: Any, error: float) -> None:

@@ -28,7 +28,8 @@ from torchprune_ext._checks import leave_out
 from torchprune_ext._layers import Layer, Multiply, Solution
 from torchprune_ext._rows import MIXED, Seen, sample_axis, seen
 from torchprune_ext._runs import Run
-from torchprune_ext.compensation.coroutines import Coroutine, hand_out
+from torchprune_ext.compensation.blocks import OTHER_WAY, blocks_for
+from torchprune_ext.compensation.coroutines import Call, calls_of, hand_out
 from torchprune_ext.compensation.solvers import Moments
 from torchprune_ext.compensation.sources import Source
 
@@ -54,7 +55,7 @@ class Pass:
         self.axes: dict[Layer, int] = {}  # on which the samples stand in each layer's input, if that matters
         self.dense = False  # whether it is the reference that runs
         self.kept: list[tuple[dict[str, Any], str]] = []  # where modules keep tensors while a batch goes through
-        self.held: dict[Coroutine, list[Any]] = {}
+        self.held: dict[Call, list[Any]] = {}
         self.followed: set[Layer] = set()  # whose input the next layer gets too, in the rehearsal
         self.before: Moments | None = None  # of the last layer, if it is one of these
 
@@ -66,10 +67,15 @@ class Pass:
                     check_mask(batch.mask, batch.size)  # which refuses a batch without samples too
                 self._rehearse(batches[0], sample_axes=any(batch.mask is not None for batch in batches))
             device = self.run.tensors[0].device.type
-            works = [partial(self.run.output, batch.inputs) for batch in batches]
-            calls = [(Coroutine(work, device), Coroutine(work, device)) for work in works]
+            calls = calls_of([partial(self.run.output, batch.inputs) for batch in batches], device, streams=2)
+            with self.run.ranks.together():
+                blocks = blocks_for(self.run, [layer.module for layer in self.layers], calls, batches)
             try:
-                with self._instead_of_products(self._reach), torch.autocast(device, enabled=False):
+                with (
+                    self._instead_of_products(self._reach),
+                    blocks.standing_in(),
+                    torch.autocast(device, enabled=False),
+                ):
                     while self._next(calls, batches):
                         pass
             finally:
@@ -77,7 +83,7 @@ class Pass:
                     for each in call:
                         each.close()
 
-    def _next(self, calls: Sequence[tuple[Coroutine, Coroutine]], batches: Sequence[Batch]) -> bool:
+    def _next(self, calls: Sequence[Sequence[Call]], batches: Sequence[Batch]) -> bool:
         """Let all batches go on to the next layer and solve it; return False if they have come to the end instead."""
         ranks = self.run.ranks
         with ranks.together():
@@ -92,40 +98,39 @@ class Pass:
         self.solved[reached] = ranks.first(weight), None if bias is None else ranks.first(bias)
         return True
 
-    def _advance(
-        self, calls: Sequence[tuple[Coroutine, Coroutine]], batches: Sequence[Batch]
-    ) -> tuple[Layer | None, Moments]:
+    def _advance(self, calls: Sequence[Sequence[Call]], batches: Sequence[Batch]) -> tuple[Layer | None, Moments]:
         """Let all batches of this rank go on to the next layer, and return it with its moments."""
         reached, moments = None, Moments(self.before)
         for number, ((dense, pruned), batch) in enumerate(zip(calls, batches, strict=True)):
             y, x = self._resume(dense, dense=True), self._resume(pruned, dense=False)
             layers = {None if stop is None else stop[0] for stop in (y, x)} | ({reached} if number else set())
             if len(layers) > 1 or (y is not None and y[0] in self.solved):
-                raise self._other_way()
+                raise ValueError(OTHER_WAY)
             if x is not None and y is not None:
                 reached = x[0]
                 self._bring(moments, reached, x[1], y[1], batch)
         if reached is None and len(self.solved) < len(self.layers):
-            raise self._other_way()
+            raise ValueError(OTHER_WAY)
         return reached, moments
 
-    def _resume(self, call: Coroutine, *, dense: bool) -> tuple[Layer, Tensor] | None:
+    def _resume(self, call: Call, *, dense: bool) -> tuple[Layer, Tensor] | None:
         """Let ``call`` go on, as the reference if ``dense``, with the tensors that modules held when it stopped."""
         self.dense = dense
         for (table, key), value in zip(self.kept, self.held.get(call, ()), strict=False):
             table[key] = value
         with holding(self.reference) if dense else nullcontext():
             stop: tuple[Layer, Tensor] | None = call.resume()
-        self.held[call] = [table.get(key) for table, key in self.kept]
+        if not call.restarts:
+            self.held[call] = [table.get(key) for table, key in self.kept]
         return stop
 
     def _reach(self, layer: Layer, x: Tensor, multiply: Multiply) -> Tensor:
         """Stand in for a layer's product: hand out what it gives or gets, and go on when the layer is solved."""
         if self.dense:
             y = multiply()
-            hand_out((layer, y.detach()))
+            hand_out(layer, y.detach(), known=layer in self.solved)
             return y
-        hand_out((layer, x.detach()))
+        hand_out(layer, x.detach(), known=layer in self.solved)
         weight, bias = self.solved[layer]
         return multiply((weight, layer.bias if bias is None else bias))
 
@@ -259,9 +264,6 @@ class Pass:
         moments.followed = layer in self.followed
         self.before = moments if moments.followed else None
         return self.solve(layer, moments)
-
-    def _other_way(self) -> ValueError:
-        return ValueError("loader: batches take different ways through the model. Pass such that call the same layers.")
 
 
 @contextmanager

@@ -1,0 +1,263 @@
+"""Parts of a model that calls which begin anew need not run again: they give what they gave before.
+
+A block is a module that is called once in a pass and gives tensors. Once a call has come out of it, all its layers are
+settled, so from then on its outputs stand in for it, and only what is outside of such blocks runs. Where each block
+reads no earlier one than the last, as the layers of a transformer do, only the last one's outputs are held. Whether
+that is so is tried with two batches: what is no longer held is NaN there, and must change nothing.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchprune_ext._batches import Batch
+from torchprune_ext._checks import warn
+from torchprune_ext._rows import seen
+from torchprune_ext._runs import Run
+from torchprune_ext.compensation.coroutines import Call, Replay, hand_out, running
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+PLAIN = (bool, int, float, str, type(None))
+OTHER_WAY = "loader: batches take different ways through the model. Pass such that call the same layers."
+
+
+class Gone(NamedTuple):
+    """A tensor that is not held any more."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Blocks:
+    """The blocks of a model, and whether only the last one's outputs are needed.
+
+    Args:
+        modules: the blocks.
+        chain: whether each reads no earlier one than the last.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module] = (), *, chain: bool = True) -> None:
+        self.modules, self.chain = list(modules), chain
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Let calls that begin anew take what blocks gave before."""
+        with replaced(self.modules, self._stand_in):
+            yield
+
+    def _stand_in(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = running()
+        if not isinstance(call, Replay):
+            return forward(*args, **kwargs)
+        if block in call.entered:
+            raise ValueError(OTHER_WAY)
+        call.entered.add(block)
+        if block not in call.outputs:
+            output = forward(*args, **kwargs)
+            leaves, form = pytree.tree_flatten(output)
+            if self.chain:
+                for earlier, (old, spec) in call.outputs.items():
+                    call.outputs[earlier] = [_gone(leaf) for leaf in old], spec
+            call.outputs[block] = [_copied(leaf) for leaf in leaves], form
+            return output
+        leaves, form = call.outputs[block]
+        return pytree.tree_unflatten([_given(leaf) for leaf in leaves], form)
+
+
+@contextmanager
+def replaced(modules: Iterable[nn.Module], stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Let ``stand_in(module, forward, *args, **kwargs)`` be called in place of each module's forward."""
+    plain = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda function: function
+    before = [(module, vars(module).get("forward")) for module in modules]
+    try:
+        for module, _ in before:
+            vars(module)["forward"] = plain(partial(stand_in, module, module.forward))
+        yield
+    finally:
+        for module, forward in before:
+            vars(module).pop("forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+
+def blocks_for(
+    run: Run, stops: Sequence[nn.Module], calls: Sequence[Sequence[Call]], batches: Sequence[Batch]
+) -> Blocks:
+    """Return the blocks by which ``calls``, one or more for each of ``batches``, that stop at ``stops`` go on.
+
+    Warns:
+        UserWarning: there are calls that begin anew, and no blocks serve.
+    """
+    anew = sum(any(call.restarts for call in each) for each in calls)
+    if not anew or len(stops) < 2:
+        return Blocks()
+    blocks = find_blocks(run, stops, batches)
+    if blocks is None:
+        warn(
+            f"{anew} of the {len(batches)} batches are run from the start for each of the {len(stops)} layers, since "
+            f"not more than {len(calls) - anew} are held in the middle of the model, and no parts of it could be told "
+            "apart that are run once each, one after the other. Pass fewer and larger batches."
+        )
+    return Blocks() if blocks is None else blocks
+
+
+def find_blocks(run: Run, stops: Sequence[nn.Module], batches: Sequence[Batch]) -> Blocks | None:
+    """Return blocks by which calls that stop at the modules ``stops`` go on as they would without; None if none serve.
+
+    Args:
+        run: the open model.
+        stops: the modules; each is called once in a pass.
+        batches: two or more; unlike ones tell more.
+    """
+    runs = [partial(run.output, batch.inputs) for batch in (batches[0], _another(batches))]
+    wanted = [_inputs_of(stops, work) for work in runs]
+    candidates = [_called_once(modules, runs[0]) for modules in _candidates(run.model, stops)]
+    fitting = [modules for modules in candidates if modules]
+    by_time = sorted(fitting, key=lambda modules: _cost(modules, stops))
+    by_memory = sorted(fitting, key=len)
+    for chain, order in ((True, by_time), (False, by_memory)):
+        for modules in order:
+            blocks = Blocks(modules, chain=chain)
+            if _serves(blocks, stops, runs, wanted, run.device.type):
+                return blocks
+    return None
+
+
+def _candidates(model: nn.Module, stops: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Return sets of modules that may be blocks: those in containers, by how deep containers are nested, and stops."""
+    listed, levels = set(stops), [list(stops)]
+
+    def inside(module: nn.Module, depth: int) -> list[nn.Module]:
+        """Return the modules in ``depth`` containers, or in as many as there are."""
+        found = []
+        for child in module.children():
+            if not listed.intersection(child.modules()):
+                continue
+            held = isinstance(module, CONTAINERS) and not isinstance(child, CONTAINERS)
+            if held and depth == 1:
+                found.append(child)
+            else:
+                found += inside(child, depth - held) or [child] * held
+        return found
+
+    while (level := inside(model, len(levels))) and level not in levels:
+        levels.append(level)
+    return levels
+
+
+def _cost(blocks: Sequence[nn.Module], stops: Sequence[nn.Module]) -> int:
+    """Return how many stops calls come by again, roughly."""
+    inside = [sum(stop in set(block.modules()) for stop in stops) for block in blocks]
+    return sum(count**2 for count in inside) + (len(stops) - sum(inside)) * len(stops)
+
+
+def _called_once(modules: Sequence[nn.Module], work: Callable[[], object]) -> list[nn.Module]:
+    """Return which of ``modules`` are called once and give nothing but plain tensors, keeping none to themselves."""
+    times = dict.fromkeys(modules, 0)
+
+    def look(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = [(vars(each), dict(vars(each))) for each in module.modules()]
+        output = forward(*args, **kwargs)
+        leaves = pytree.tree_leaves(output)
+        kept = any(
+            isinstance(value, Tensor) and value is not old.get(key)
+            for table, old in before
+            for key, value in table.items()
+        )
+        fits = not kept and any(isinstance(leaf, Tensor) for leaf in leaves) and all(map(_is_plain, leaves))
+        times[module] += 1 if fits else 2
+        return output
+
+    with replaced(modules, look):
+        work()
+    return [module for module, count in times.items() if count == 1]
+
+
+def _inputs_of(stops: Sequence[nn.Module], work: Callable[[], object]) -> list[tuple[nn.Module, Any]]:
+    """Return the modules in the order in which they are called, and what is remembered of their inputs."""
+    found = []
+
+    def look(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found.append((module, seen([*args, *kwargs.values()][0])))
+        return forward(*args, **kwargs)
+
+    with replaced(stops, look):
+        work()
+    return found
+
+
+def _serves(
+    blocks: Blocks,
+    stops: Sequence[nn.Module],
+    runs: Sequence[Callable[[], object]],
+    wanted: Sequence[Sequence[tuple[nn.Module, Any]]],
+    device: str,
+) -> bool:
+    """Return whether calls that take turns meet with ``blocks`` what they meet without."""
+    known: set[nn.Module] = set()
+    calls = [Replay(work, device) for work in runs]
+
+    def stop(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        hand_out(module, seen([*args, *kwargs.values()][0]), known=module in known)
+        return forward(*args, **kwargs)
+
+    try:
+        with replaced(stops, stop), blocks.standing_in():
+            for place in range(len(wanted[0]) + 1):
+                for call, each in zip(calls, wanted, strict=True):
+                    met = call.resume()
+                    expected = each[place] if place < len(each) else None
+                    if (met is None) != (expected is None):
+                        return False
+                    if met is not None and expected is not None:
+                        (module, (shape, mixed)), (other, (size, values)) = met, expected
+                        if module is not other or shape != size or not mixed.equal(values):
+                            return False
+                known.update(each[0] for each in wanted[0][place : place + 1])
+    except Exception:  # whatever a model says to NaN
+        return False
+    return True
+
+
+def _another(batches: Sequence[Batch]) -> Batch:
+    """Return the first batch whose inputs are unlike those of the first of all; the last if all are alike."""
+    first, form = pytree.tree_flatten(batches[0].inputs)
+    for batch in batches[1:]:
+        leaves, other = pytree.tree_flatten(batch.inputs)
+        if form != other or not all(_alike(*pair) for pair in zip(first, leaves, strict=True)):
+            return batch
+    return batches[-1]
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.layout == other.layout == torch.strided and one.equal(other)
+    return one is other
+
+
+def _is_plain(leaf: Any) -> bool:
+    return isinstance(leaf, PLAIN) or (
+        isinstance(leaf, Tensor) and type(leaf) is Tensor and leaf.layout is torch.strided
+    )
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _gone(leaf: Any) -> Any:
+    held = not isinstance(leaf, Tensor) or not leaf.is_floating_point()
+    return leaf if held else Gone(leaf.shape, leaf.dtype, leaf.device)
+
+
+def _given(leaf: Any) -> Any:
+    if isinstance(leaf, Gone):
+        return torch.full((), float("nan"), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+    return _copied(leaf)
