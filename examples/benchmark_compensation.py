@@ -2,7 +2,7 @@
 
 A Linear of 4096 x 4096, random, and 8,192 rows of correlated inputs. The error is that of the outputs on these rows, in
 squares relative to their variation. Memory is the rise of the peak in a fresh process, beside the layer and the rows.
-Then a pass through a few random blocks of the shape of SmolLM2-135M's, 50 %: what its parts cost beside the bare forward
+Then a pass through some random blocks of the shape of SmolLM2-135M's, 50 %: what its parts cost beside the bare forward
 passes of the reference and of the pruned model, in processor seconds, which other programs do not change much.
 
 Run: ``python examples/benchmark_compensation.py [--only layer|pass] [--size 4096] [--rows 8192] [--threads 2]``.
