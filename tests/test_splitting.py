@@ -85,8 +85,22 @@ def test_thresholds_cost_next_to_nothing(alike, share):
 
 
 def test_the_penalty_is_that_of_the_spectrum():
-    gram = torch.diag(torch.tensor([1.0, 4.0, 16.0]))[None].repeat(2, 1, 1)
+    gram = torch.diag(torch.tensor([1.0, 4.0, 16.0]) - splitting.LEAST)[None].repeat(2, 1, 1)
     assert splitting._mean_eigenvalue(gram) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("alike", [1e-3, 1e-5, 0.0])
+def test_inputs_that_are_all_the_same_are_within_the_range_of_float32(alike):
+    torch.manual_seed(0)
+    x = torch.randn(1, 300, 1) + alike * torch.randn(1, 300, 400)
+    weight, moments = torch.rand(1, 4, 400) + 0.5, solvers.Moments()
+    moments.add(x, x @ weight.mT)
+    problem, one = moments.problem(torch.zeros(1, 1).double()), torch.ones_like(weight)
+    mask, start = splitting.split(
+        problem, weight, lambda v: nm_mask(v, NM(200, 400, dim=2), one), splitting.Thresholds(200, one)
+    )
+    error = float(problem.error(solvers.refit(problem, weight, mask, start)).sum() / problem.energy().sum())
+    assert error < 1e-4
 
 
 @given(seed=st.integers(0, 30), spoilt=st.booleans())

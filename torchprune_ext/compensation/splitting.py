@@ -11,6 +11,7 @@ from torchprune_ext.compensation.solvers import RIDGE, ROWS, Problem, inverse_of
 Choose = Callable[[Tensor], Tensor]  # from values (groups, outputs, inputs) to a mask of the largest, 0 and 1
 STEPS = 20  # of the splitting
 PENALTY = 0.45  # its penalty at first, of the geometric mean of the eigenvalues
+LEAST = 0.02  # added to the eigenvalues for that, and the least penalty: what float32 can still invert
 GROWTH, EVERY = 1.5, 5  # by what it grows every so many steps
 COUNTS = 2  # how often thresholds are corrected for each mask
 FAR = 0.25  # of a row, kept too many or too few: the thresholds are found anew
@@ -43,7 +44,7 @@ def split(problem: Problem, weight: Tensor, choose: Choose, near: Choose | None 
     near = choose if near is None else near
     sparse *= near(sparse)
     dual = torch.zeros_like(sparse)
-    first = PENALTY * _mean_eigenvalue(gram)
+    first = max(PENALTY * _mean_eigenvalue(gram), LEAST)
     for step in range(STEPS):
         if step % EVERY == 0:
             penalty = first * GROWTH ** (step // EVERY)
@@ -58,7 +59,9 @@ def split(problem: Problem, weight: Tensor, choose: Choose, near: Choose | None 
 
 def _mean_eigenvalue(gram: Tensor) -> float:
     """Return the geometric mean of the eigenvalues, the mean over the groups: small where inputs are much alike."""
-    pivots: Tensor = torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1)
+    shifted = gram.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(LEAST)
+    pivots: Tensor = torch.linalg.cholesky(shifted).diagonal(dim1=-2, dim2=-1)
     return float(pivots.log().mean(-1).mul(2).exp().mean())
 
 
