@@ -13,7 +13,7 @@ from torchprune_ext._runs import wide
 Parts = Callable[[], Tensor]  # computes the parts of an error, of which the mean counts, as a vector
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 MOST_WARM_UP = 30  # steps
-PATIENCE = 5  # what part of all epochs may pass without a new best
+PATIENCE = 5  # the error may rise in this part of all epochs, one after the other
 
 
 class Free:
@@ -79,8 +79,8 @@ def descend(
         free: the tensors.
         steps: for each step of an epoch, what computes the error to go down.
         kept_aside: weights, and what computes the errors that decide; their last part must not get worse either.
-        epochs: how often to go through ``steps``, each time in another order; fewer if the error kept aside has been
-            above its lowest for a fifth of them, at least one.
+        epochs: how often to go through ``steps``, each time in another order; fewer if the error kept aside rises from
+            epoch to epoch for a fifth of them, at least one.
         make_optimizer: from the tensors to an optimizer of them.
         tell: called with the error after each epoch.
 
@@ -97,7 +97,7 @@ def descend(
         )
     kept = [each.master.detach().clone() for each in free]
     rates = _rates(optimizer, epochs * len(steps))
-    found, lowest, since, epoch = 0, _mean(start), 0, 0
+    found, last, rises, epoch = 0, _mean(start), 0, 0
     for epoch in range(1, epochs + 1):
         order = torch.randperm(len(steps), generator=torch.Generator().manual_seed(epoch)).tolist()
         try:
@@ -108,13 +108,10 @@ def descend(
             break
         now = measured(kept_aside)
         tell(_mean(now))
-        if _mean(now) < lowest:
-            lowest, since = _mean(now), 0
-            if now[-1] <= start[-1]:
-                best, found, kept = now, epoch, [each.master.detach().clone() for each in free]
-        else:
-            since += 1
-        if math.isnan(_mean(now)) or since >= max(epochs // PATIENCE, 1):
+        rises, last = 0 if _mean(now) <= last else rises + 1, _mean(now)
+        if last < _mean(best) and now[-1] <= start[-1]:
+            best, found, kept = now, epoch, [each.master.detach().clone() for each in free]
+        if math.isnan(last) or rises >= max(epochs // PATIENCE, 1):
             break
     for each, values in zip(free, kept, strict=True):
         each.write(values)

@@ -49,10 +49,11 @@ def refine(
     - With ``whole``, all at once, to the mean error of the outputs of all blocks and of the model. What one batch
       needs is held, as in training; the reference model runs again for each batch.
 
-    A part of the batches is kept aside. After each epoch the error on them is taken. It ends when that has risen, for
-    an epoch, or for a fifth of them where there are more than nine, and the best values are kept, those that were there
-    if none are better. In sequence, where the model's output is worse in the end although each block is better, all is
-    as it was too; as a whole, the output must not get worse for the sake of the blocks, but single blocks may.
+    A part of the batches is kept aside. After each epoch the error on them is taken. It ends when that rises; with ten
+    or more epochs, when it rises from epoch to epoch for a fifth of them, as the first steps of a good optimizer cost
+    something that later ones win back. The best values are kept, those that were there if none are better. In sequence,
+    where the model's output is worse in the end although each block is better, all is as it was too; as a whole, the
+    output must not get worse for the sake of the blocks, but single blocks may.
 
     What may change is what requires grad: the survivors of pruned tensors, biases, norms, layers that are not pruned;
     in sequence those that only a block holds. The tables of embeddings stay, as most of their rows are not in the
