@@ -86,6 +86,7 @@ ORDER = [
     "compensation.reference",
     "compensation.fitting",
     "compensation.goals",
+    "compensation.by_output",
     "compensation.shares",
     "compensation.unit_budget",
     "compensation.calls",

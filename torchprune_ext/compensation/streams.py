@@ -95,7 +95,7 @@ class Pass:
         self.dense = dense
         for (table, key), value in zip(self.kept, self.held.get(call, ()), strict=False):
             table[key] = value
-        with _holding(self.reference) if dense else nullcontext():
+        with holding(self.reference) if dense else nullcontext():
             stop: tuple[Layer, Tensor] | None = call.resume()
         self.held[call] = [table.get(key) for table, key in self.kept]
         return stop
@@ -235,7 +235,7 @@ class Pass:
 
 
 @contextmanager
-def _holding(tables: Tables) -> Iterator[None]:
+def holding(tables: Tables) -> Iterator[None]:
     """Put what ``tables`` say into the modules, and take it out again."""
     before = [(table, key, table[key]) for table, key, _ in tables]
     for table, key, value in tables:
