@@ -5,6 +5,7 @@ output's error on what was kept aside is differentiated: to what a layer's weigh
 it went. Shares move towards the layers whose entries cost least, and all is done again, as long as the error falls.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from torchprune_ext._batches import Batch, leaves
 from torchprune_ext._layers import Layer, Solution
-from torchprune_ext._runs import Run, calibrating
+from torchprune_ext._runs import Run, calibrating, wide
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.fitting import Decide, Fitted, Task
 from torchprune_ext.compensation.solvers import Problem, refit, wanda_scores
@@ -96,13 +97,13 @@ class Tried:
     """What a layer would be if a little less or a little more of it went.
 
     Args:
-        less: weight and, if it is fitted, bias.
-        more: the same.
-        entries: by how many these differ.
+        middle: weight and, if it is fitted, bias half way between.
+        change: of both from less to more.
+        entries: how many go on the way.
     """
 
-    less: Solution
-    more: Solution
+    middle: Solution
+    change: Solution
     entries: int
 
 
@@ -206,7 +207,7 @@ class Search:
 
         def order(place: int, gone: float) -> tuple[float, float]:
             times = _odds(gone) / before[place]
-            price = last.prices[place] * times**power
+            price = max(last.prices[place], 0.0) * times**power
             return (-inf if times < 1 / STEP else inf if times > STEP else price), times
 
         return share(columns, self.goal(), order)
@@ -227,37 +228,40 @@ class Search:
             self._try(layer, problem, weight, alive, goals[layer.module, layer.name])
             return self.decide(goals)(layer, problem, weight, alive)
 
-        found, _ = self.fitted.fit(decide, check=self.see)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is to be told, the fit on all data tells
+            found, _ = self.fitted.fit(decide, check=self.see)
         return Round(keep or self.even(), *self._measure(found))
 
     def _try(self, layer: Layer, problem: Problem, weight: Tensor, alive: Tensor, gone: float) -> None:
-        """Remember how a layer's weights and bias differ between a little more and a little less that goes."""
-        inputs, free = weight.shape[-1], layer.module in self.task.biases
-        odds = _odds(max(gone, 0.5 / inputs))
-        sizes = [max(round(inputs / (1 + odds * apart)), 1) for apart in (1 / APART, APART)]
+        """Remember how a layer's weights and bias differ between a little less and a little more that goes."""
+        inputs = weight.shape[-1]
+        odds, kept = _odds(max(gone, 0.5 / inputs)), round(inputs * (1 - gone))
+        many = min(max(round(inputs / (1 + odds / APART)), kept + 1), inputs)
+        few = max(min(round(inputs / (1 + odds * APART)), kept - 1), 1)
         scores = wanda_scores(problem, weight * alive)
-        ends = [refit(problem, weight, nm_mask(scores, NM(n, inputs, dim=2), alive)) for n in sizes]
-        less, more = (
-            (layer.shaped(each).to(layer.weight), problem.best_bias(each).flatten().to(layer.weight) if free else None)
-            for each in ends
-        )
-        entries = (sizes[0] - sizes[1]) * alive[..., 0].numel()
-        self.tried[layer.module, layer.name] = Tried(less, more, entries)
+        less, more = (nm_mask(scores, NM(n, inputs, dim=2), alive) for n in (many, few))
+        low, high = (refit(problem, weight, mask) for mask in (less, more))
+        middle, change = (layer.shaped(each).to(layer.weight) for each in ((low + high) / 2, high - low))
+        bias: tuple[Tensor | None, Tensor | None] = None, None
+        if layer.module in self.task.biases:
+            low, high = (problem.best_bias(each).flatten().to(layer.weight) for each in (low, high))
+            bias = (low + high) / 2, high - low
+        self.tried[layer.module, layer.name] = Tried((middle, bias[0]), (change, bias[1]), int((less - more).sum()))
 
     def _measure(self, found: Sequence[Fitted]) -> tuple[float, list[float]]:
         """Return the error of the output on what is kept aside, and by how much it rises for each entry that goes.
 
-        From a little less to a little more, the error of a single layer rises by the gradient half way times the way,
-        as far as it is quadratic; so there the gradient is taken, of all layers at once.
+        From a little less to a little more of one layer, the error rises by the gradient half way times the way, as far
+        as it is quadratic. So there the gradient is taken, of all layers at once.
         """
         tried = [self.tried[each.target.module, each.target.name] for each in found]
-        pruned = _tables(found, [(each.weight * each.mask, each.bias) for each in found])
-        less, more = (_tables(found, ends) for ends in ([each.less for each in tried], [each.more for each in tried]))
-        between = [(own, name, nn.Parameter((a + b) / 2)) for (own, name, a), (_, _, b) in zip(less, more, strict=True)]
-        weights = [value for _, _, value in between]
-        changes = [b.double() - a.double() for (_, _, a), (_, _, b) in zip(less, more, strict=True)]
-        total, rises = 0.0, [0.0] * len(weights)
+        total, rises = 0.0, [0.0] * len(found)
         with calibrating(self.task.model, list(self.columns), {**self.task.options, "progress": False}) as run:
+            pruned = _tables(found, [(each.weight * each.mask, each.bias) for each in found])
+            between = _tables(found, [each.middle for each in tried])
+            weights = [value for _, _, value in between]
+            changes = [(n, each) for n, ends in enumerate(tried) for each in ends.change if each is not None]
             for batch in run.batches(self.aside, ""):
                 with torch.autocast(run.device.type, enabled=False):
                     with torch.no_grad():
@@ -266,25 +270,20 @@ class Search:
                         with holding(pruned):
                             total += float(_error(_outputs(run, batch), dense))
                     with holding(between):
-                        error = _error(_outputs(run, batch), dense)
-                        gradients = torch.autograd.grad(error, weights, allow_unused=True)
-                for place, (gradient, change) in enumerate(zip(gradients, changes, strict=True)):
+                        gradients = _gradients(_error(_outputs(run, batch), dense), weights)
+                for (place, change), gradient in zip(changes, gradients, strict=True):
                     if gradient is not None:
                         rises[place] += float((gradient.double() * change).sum())
-        by_module: dict[int, float] = {}
-        for (own, _, _), rise in zip(between, rises, strict=True):
-            by_module[id(own)] = by_module.get(id(own), 0.0) + rise
-        prices = [
-            by_module[id(each.target.module._parameters)] / max(ends.entries, 1) / len(self.aside)
-            for each, ends in zip(found, tried, strict=True)
-        ]
-        return total / len(self.aside), prices
+            sums = run.ranks.sum(torch.tensor([total, *rises, len(self.aside)], dtype=torch.float64)).tolist()
+        total, *rises, count = sums
+        prices = [rise / max(ends.entries, 1) / count for rise, ends in zip(rises, tried, strict=True)]
+        return total / count, prices
 
 
-def _tables(found: Sequence[Fitted], values: Sequence[Solution]) -> list[tuple[dict[str, Any], str, Tensor]]:
+def _tables(found: Sequence[Fitted], values: Sequence[Solution]) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
     """Return where the modules hold new weights and biases, and these."""
     return [
-        (each.target.module._parameters, name, value)
+        (each.target.module._parameters, name, nn.Parameter(value))
         for each, pair in zip(found, values, strict=True)
         for name, value in zip((each.target.name, "bias"), pair, strict=True)
         if value is not None
@@ -295,6 +294,16 @@ def _odds(gone: float) -> float:
     return gone / (1 - gone) if gone < 1 else inf
 
 
+def _gradients(error: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradient of ``error`` for each of ``weights``; None where it does not depend on it."""
+    if not error.requires_grad:
+        raise ValueError(
+            "allocation='auto' differentiates the model's output, which depends on none of params here, as when the "
+            "model computes under torch.no_grad(). Leave allocation out, or pass amounts as target_sparsity=."
+        )
+    return torch.autograd.grad(error, weights, allow_unused=True)
+
+
 def _outputs(run: Run, batch: Batch) -> list[Tensor]:
     """Return the floating-point tensors of what the model gives, without what the batch's mask leaves out."""
     found, mask = [], batch.mask
@@ -303,14 +312,30 @@ def _outputs(run: Run, batch: Batch) -> list[Tensor]:
             continue
         if mask is not None and each.shape[: mask.dim()] == mask.shape:
             each = each[mask.to(each.device)]
-        found.append(each.to(torch.promote_types(each.dtype, torch.float32)))
+        found.append(each.to(wide(each.dtype)))
+    if not any(each.numel() for each in found):
+        raise TypeError(
+            "allocation='auto' compares the model's outputs, but there is no floating-point tensor in them. Leave "
+            "allocation out, or pass amounts as target_sparsity=."
+        )
     return found
 
 
 def _error(outputs: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
     """Return the mean over the tensors of their squared error, relative to their variation."""
+    if [each.shape for each in outputs] != [each.shape for each in dense]:
+        raise ValueError(
+            "allocation='auto' compares the model's outputs, but when it is pruned they have other shapes. Leave "
+            "allocation out, or pass amounts as target_sparsity=."
+        )
     parts = []
     for one, other in zip(outputs, dense, strict=True):
         variation = (other - other.mean()).square().sum()
         parts.append((one - other).square().sum() / torch.where(variation > 0, variation, 1.0))
-    return torch.stack(parts).mean()
+    error = torch.stack(parts).mean()
+    if not error.isfinite():
+        raise ValueError(
+            "the model's output holds NaN or infinity on the data kept aside, or squares beyond the range. Check the "
+            "data, or leave allocation out."
+        )
+    return error
