@@ -92,6 +92,7 @@ ORDER = [
     "compensation.reference",
     "compensation.fitting",
     "compensation.goals",
+    "compensation.by_output",
     "compensation.shares",
     "compensation.unit_budget",
     "compensation.calls",

@@ -14,8 +14,18 @@ from torchprune_ext._layers import Layer
 from torchprune_ext._loading import Options
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._statistics import Key
+from torchprune_ext.compensation.by_output import shares_by_output
 from torchprune_ext.compensation.fitting import Fits, Task
-from torchprune_ext.compensation.goals import Sparsity, Units, along_inputs, check_goal, goals_of, units_of, width_of
+from torchprune_ext.compensation.goals import (
+    Sparsity,
+    Units,
+    along_inputs,
+    check_allocation,
+    check_goal,
+    goals_of,
+    units_of,
+    width_of,
+)
 from torchprune_ext.compensation.greedy import greedy_units, of_units
 from torchprune_ext.compensation.reference import Dense
 from torchprune_ext.compensation.solvers import (
@@ -109,6 +119,7 @@ def prune_and_compensate(
     min_keep: float = 1,
     criterion: str | None = None,
     steps: int | None = None,
+    allocation: str | None = None,
     dense: Dense | None = None,
     create_bias: bool = False,
     **options: Unpack[Options],
@@ -155,6 +166,11 @@ def prune_and_compensate(
         criterion: see above; by default ``"admm"``, and ``"obs"`` for units.
         steps: number of rounds within a layer, each followed by a re-fit; by default 1. Not for ``"admm"``, nor for
             ``"obs"`` with units.
+        allocation: ``"auto"`` for shares of ``target_sparsity`` that differ from layer to layer, chosen by what pruning
+            a layer does to the model's output: all floating-point tensors in it, in squares relative to their
+            variation. Every fourth batch is kept aside to choose by, and has the last word: what is not better there
+            than equal shares is not taken. Then all batches are fitted to. It takes some more passes, seldom more than
+            five, and memory for gradients. Shares that you know, as of :mod:`.allocation`, are a ``target_sparsity``.
         dense: the reference model, see :func:`compensate`.
         create_bias: give layers without a bias one.
         **options: see :class:`.Options`.
@@ -200,20 +216,28 @@ def prune_and_compensate(
         4
     """
     limit = Limit(target_macs, target_parameters, round_to, min_keep)
+    asked = {"target_sparsity": target_sparsity, "pattern": pattern, "steps": steps, "allocation": allocation}
     with Ranks(options.get("process_group")).together():
-        whole = limit.given(target_sparsity=target_sparsity, pattern=pattern, criterion=criterion, steps=steps)
+        whole = limit.given(**asked, criterion=criterion)
+        shared = None
         if not whole:
             criterion, steps = _checked(criterion, steps, unit)
             check_goal(target_sparsity, pattern, unit)
+            shared = check_allocation(allocation, target_sparsity, pattern, unit)
         task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
         units = None if whole else units_of(task.targets, unit)
         goals = {} if target_sparsity is None else goals_of(task.targets, target_sparsity, units)
-    task.agree("prune_and_compensate", limit=limit, goals=goals, unit=unit, pattern=pattern, by=(criterion, steps))
+    by = criterion, steps, allocation
+    task.agree("prune_and_compensate", limit=limit, goals=goals, unit=unit, pattern=pattern, by=by)
     if whole:
         return prune_to_limit(task, limit, unit)
-    choice = _Choice(criterion or "admm", steps, goals, units, pattern)
+    choice, rounds = _Choice(criterion or "admm", steps, goals, units, pattern), list[float]()
+    if shared is not None:
+        goals, rounds = shares_by_output(task, shared, lambda goals: replace(choice, goals=goals).decide)
+        choice = replace(choice, goals=goals)
     found, fits = task.fit(choice.decide, check=choice.width)
     task.install(found, choice.entry)
+    fits.rounds = rounds
     return fits
 
 

@@ -20,6 +20,7 @@ from torchprune_ext._ranks import Ranks
 from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._runs import calibrating, refuse_lazy, wide
 from torchprune_ext._statistics import Key
+from torchprune_ext._tables import percent, table
 from torchprune_ext.compensation.reference import Dense, reference_tables
 from torchprune_ext.compensation.solvers import Moments, Problem, refit
 from torchprune_ext.compensation.streams import Pass, Tables
@@ -38,14 +39,56 @@ class Fit:
         before: with what was pruned merely zeroed.
         after: with the survivors re-fitted.
         rows: how many rows of data the layer saw; fewer than it has inputs do not determine its weights.
+        path: of the weight in the model.
+        entries: of the weight.
+        pruned: how many of them are.
     """
 
     before: float
     after: float
     rows: int
+    path: str = ""
+    entries: int = 0
+    pruned: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        """Which fraction of the weight is pruned."""
+        return self.pruned / max(self.entries, 1)
 
 
-Fits = dict[Key, Fit]
+class Fits(dict[Key, Fit]):
+    """The fit of each listed tensor, by ``(module, name)``; printed, a table.
+
+    Attributes:
+        rounds: with ``allocation="auto"``, the error of the model's output on the data kept aside, first with equal
+            shares, then after each round; the shares taken are those of the least.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> print(Fits({(layer, "weight"): Fit(0.5, 0.25, 64, "head.weight", 8, 4)}))
+        weight       entries  pruned  error if zeroed  re-fitted
+        head.weight        8  50.0 %              0.5       0.25
+        all                8  50.0 %
+    """
+
+    rounds: Sequence[float] = ()
+
+    def __str__(self) -> str:
+        """Return a table of the layers."""
+        rows = [
+            [fit.path, f"{fit.entries:,}", percent(fit.sparsity), f"{fit.before:.3g}", f"{fit.after:.3g}"]
+            for fit in self.values()
+        ]
+        entries, gone = (
+            sum(counts) for counts in ([f.entries for f in self.values()], [f.pruned for f in self.values()])
+        )
+        rows.append(["all", f"{entries:,}", percent(gone / max(entries, 1)), "", ""])
+        told = table(["weight", "entries", "pruned", "error if zeroed", "re-fitted"], rows)
+        if self.rounds:
+            rest = ", ".join(f"{error:.3g}" for error in self.rounds[1:])
+            told += f"\nerror of the output on data kept aside: {self.rounds[0]:.3g} with equal shares, then {rest}"
+        return told
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,7 +209,7 @@ class Task:
             keep_better: let no row get worse than it is with what was pruned merely zeroed.
             progress: show a bar over the layers; by default as the options say.
         """
-        fits: Fits = {}
+        fits = Fits()
         masks: dict[Key, Tensor] = {}
         few: list[str] = []
         targets = [Target.of(target.module, target.name) for target in self.targets]
@@ -193,7 +236,8 @@ class Task:
                     found, keep = decide(layer, problem, weight, alive)
                 new, bias, before, after = _rounded(layer, problem, weight * keep, found, free, keep_better)
                 key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
-                fits[key] = Fit(float(before.sum()) / whole, float(after.sum()) / whole, problem.count)
+                errors = float(before.sum()) / whole, float(after.sum()) / whole
+                fits[key] = Fit(*errors, problem.count, layer.label, keep.numel(), int((keep == 0).sum()))
                 masks[key] = layer.shaped(keep)
                 if problem.count < weight.shape[-1]:
                     few.append(f"{layer.label} ({problem.count} of {weight.shape[-1]})")
@@ -217,8 +261,8 @@ class Task:
             values = torch.where(mask != 0, weight, target.parameter.detach())
             found.append(Fitted(target, mask, values, bias))
         self._warn(fits, few)
-        ordered = {(target.module, target.name): fits[target.module, target.name] for target in targets}
-        return found, ordered
+        keys = [(target.module, target.name) for target in targets]
+        return found, Fits({key: fits[key] for key in keys})
 
     def look(self, keys: Sequence[Key], see: See) -> None:
         """Let ``see`` look at some of the layers, each with its problem, weights and mask, in the model as it is."""

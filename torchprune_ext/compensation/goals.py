@@ -29,6 +29,36 @@ def check_goal(target_sparsity: Sparsity | None, pattern: NM | None, unit: Units
         raise TypeError(f"pattern={pattern!r} is a {type(pattern).__name__}. Pass e.g. NM(2, 4).")
 
 
+def check_allocation(
+    allocation: object, target_sparsity: Sparsity | None, pattern: NM | None, unit: Units | None
+) -> float | None:
+    """Return the sparsity to share if ``allocation`` is "auto", None if it is None; raise for anything else."""
+    if allocation is None:
+        return None
+    if allocation != "auto":
+        error = ValueError if isinstance(allocation, str) else TypeError
+        raise error(
+            f"allocation={allocation!r} is not 'auto'. Pass that, or shares of your own, such as allocation.owl(...) "
+            "returns, as target_sparsity={(module, name): fraction}."
+        )
+    if pattern is not None:
+        raise TypeError(
+            f"allocation='auto', pattern={pattern!r}: a pattern leaves every layer the same share. Leave allocation "
+            "out, or pass target_sparsity= instead of the pattern."
+        )
+    if unit is not None:
+        raise TypeError(
+            f"allocation='auto', unit={unit!r}: shares are of entries. Leave allocation out; for units, target_macs= "
+            "or target_parameters= share a budget."
+        )
+    if isinstance(target_sparsity, Mapping):
+        raise TypeError(
+            "allocation='auto', target_sparsity={...}: each tensor has its share already. Pass one number for all, or "
+            "leave allocation out."
+        )
+    return target_sparsity
+
+
 def check_units(unit: object) -> None:
     """Raise ``TypeError`` unless ``unit`` is one, or one for each of some tensors, or None."""
     if not (unit is None or isinstance(unit, (Channel, Mapping))):

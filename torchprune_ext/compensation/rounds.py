@@ -96,7 +96,7 @@ def prune_in_rounds(
             Budget(None, goal, 1).count(alive, total, "entries")  # raises where more is pruned already
             left.append(alive / max(total, 1))
     task.agree("prune_in_rounds", goals=goals, each=len(budgets), steps=steps)
-    fits: Fits = {}
+    fits = Fits()
     with all_or_nothing(target.module for target in task.targets):
         bar: Any = with_progress(range(1, steps + 1), "prune and compensate", None, options.get("progress"))
         for step in bar:

@@ -1,0 +1,343 @@
+"""How one budget of entries is shared among the layers, by what each does to the model's output.
+
+A part of the batches is kept aside. On the others the model is pruned and fitted, at first with equal shares, and the
+output's error on what was kept aside is differentiated: to what a layer's weights would be if a little more or less of
+it went. Shares move towards the layers whose entries cost least, and all is done again, as long as the error falls.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_ext._batches import Batch, leaves
+from torchprune_ext._layers import Layer, Solution
+from torchprune_ext._ranks import Ranks
+from torchprune_ext._runs import Run, calibrating, wide
+from torchprune_ext._statistics import Key
+from torchprune_ext.compensation.fitting import Decide, Fitted, Task
+from torchprune_ext.compensation.solvers import Problem, refit, wanda_scores
+from torchprune_ext.compensation.streams import holding
+from torchprune_ext.masks import nm_mask
+from torchprune_ext.patterns import NM
+
+ASIDE = 4  # one of so many batches is kept aside
+APART = 1.5  # between the odds of a layer's share, gone to left, and the odds at which it is tried
+STEP = 2.0  # most by which these odds change from one round to the next
+POWERS = 2, 4  # of the odds with which prices are taken to rise: at first, and at last, after rounds that failed
+ROUNDS = 8  # at most; seldom more than three
+
+Goals = dict[Key, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a layer can lose: one entry more of each row at a time.
+
+    Args:
+        inputs: entries of a row.
+        entries: of the layer.
+        alive: how many rows have at least so many entries that are not pruned, from 1 on.
+    """
+
+    inputs: int
+    entries: int
+    alive: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Columns":
+        """Return those of a matrix with this ``mask``, ``(groups, outputs, inputs)``."""
+        counts = torch.bincount(mask.count_nonzero(-1).flatten(), minlength=mask.shape[-1] + 1)
+        at_least = counts.flip(0).cumsum(0).flip(0)[1:]
+        return cls(mask.shape[-1], mask.numel(), tuple(count for count in at_least.tolist() if count))
+
+    def gone(self, kept: int) -> float:
+        """Return which fraction is gone of a row that keeps so many entries."""
+        return 1 - kept / self.inputs
+
+
+def share(columns: Sequence[Columns], goal: int, order: Callable[[int, float], Any]) -> list[int]:
+    """Return how many entries each layer's rows keep at most, so that ``goal`` entries of all are gone.
+
+    Steps of one entry of each row are taken until that is reached, and those that turn out not to be needed are given
+    back, the last first: less than the smallest of the steps left goes beyond it.
+
+    Args:
+        columns: what each layer can lose.
+        goal: so many entries, pruned already or now; the layers can lose that (not checked).
+        order: from the number of a layer and the fraction of its rows that is gone after a step to its place among the
+            steps, which rises with the fraction.
+    """
+    steps = sorted(
+        (order(place, each.gone(kept)), place, -kept)
+        for place, each in enumerate(columns)
+        for kept in range(len(each.alive) - 1, 0, -1)
+    )
+    keep = [len(each.alive) for each in columns]
+    left = sum(sum(each.alive) for each in columns) - (sum(each.entries for each in columns) - goal)
+    taken = []
+    for _, place, _ in steps:
+        if left <= 0:
+            break
+        keep[place] -= 1
+        left -= columns[place].alive[keep[place]]
+        taken.append(place)
+    for place in reversed(taken):
+        step = columns[place].alive[keep[place]]
+        if left + step <= 0:
+            keep[place], left = keep[place] + 1, left + step
+    return keep
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tried:
+    """What a layer would be if a little less or a little more of it went.
+
+    Args:
+        middle: weight and, if it is fitted, bias half way between.
+        change: of both from less to more.
+        entries: how many go on the way.
+    """
+
+    middle: Solution
+    change: Solution
+    entries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Shares, and what they came to.
+
+    Args:
+        keep: how many entries each layer's rows keep at most.
+        error: of the model's output on what is kept aside.
+        prices: by how much that rises for each entry of a layer that goes in addition.
+    """
+
+    keep: list[int]
+    error: float
+    prices: list[float]
+
+
+def shares_by_output(
+    task: Task, target_sparsity: float, decide: Callable[[Goals], Decide]
+) -> tuple[Goals, list[float]]:
+    """Return the sparsity of each tensor's rows, and the errors of the output in all rounds.
+
+    Args:
+        task: the model, the listed weights and all data.
+        target_sparsity: fraction of all entries of these weights that shall go.
+        decide: from the sparsity of each tensor to what a layer keeps.
+
+    Raises:
+        TypeError: the model's output holds no floating-point tensor.
+        ValueError: too few batches; more is pruned already, or less than one entry of each row would be left; or the
+            output is not finite or has no gradient.
+    """
+    with Ranks(task.options.get("process_group")).together():
+        if len(task.batches) < 2:
+            raise ValueError(
+                "allocation='auto' keeps a part of the batches aside, but loader gave one. Pass at least two, e.g. "
+                "smaller batches."
+            )
+    return Search(task, target_sparsity, decide).best()
+
+
+@dataclass(eq=False)
+class Search:
+    """Looks for shares. The arguments are those of :func:`shares_by_output`."""
+
+    task: Task
+    target_sparsity: float
+    decide: Callable[[Goals], Decide]
+    columns: dict[Key, Columns] = field(default_factory=dict)
+    tried: dict[Key, Tried] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Keep a part of the batches aside."""
+        batches = self.task.batches
+        self.aside = batches[::ASIDE]
+        self.fitted = replace(self.task, batches=[each for place, each in enumerate(batches) if place % ASIDE])
+        self.masks = {(target.module, target.name): target.mask for target in self.task.targets}
+
+    def best(self) -> tuple[Goals, list[float]]:
+        """Return the shares with the least error, and the errors of all rounds."""
+        best, power = self.round(None), POWERS[0]
+        rounds = [best]
+        while len(rounds) < ROUNDS and power <= POWERS[1]:
+            keep = self.moved(best, power)
+            if all(keep != each.keep for each in rounds):
+                rounds.append(self.round(keep))
+            better = rounds[-1].error < best.error
+            best, power = (rounds[-1], power) if better else (best, 2 * power)
+        return self.goals(best.keep), [each.error for each in rounds]
+
+    def goal(self) -> int:
+        """Return how many entries shall be gone; raise where that cannot be."""
+        columns = self.columns.values()
+        total, alive = sum(each.entries for each in columns), sum(sum(each.alive) for each in columns)
+        least = sum(each.alive[0] for each in columns if each.alive)
+        goal = round(self.target_sparsity * total)
+        if goal < total - alive:
+            raise ValueError(
+                f"target_sparsity={self.target_sparsity!r} is {goal} of the {total} listed entries, but "
+                f"{total - alive} are pruned already. Pass a larger one, or undo_all() first and dense=."
+            )
+        if goal > total - least:
+            raise ValueError(
+                f"target_sparsity={self.target_sparsity!r} takes {goal} of the {total} listed entries, but one of each "
+                f"row stays, {least} in all. Pass {(total - least) / total:.4f} or less."
+            )
+        return goal
+
+    def even(self) -> list[int]:
+        """Return what rows keep with equal shares."""
+        return share(list(self.columns.values()), self.goal(), lambda _, gone: gone)
+
+    def goals(self, keep: Sequence[int]) -> Goals:
+        """Return the sparsity of the rows of each tensor that keep so many entries."""
+        return {key: each.gone(left) for (key, each), left in zip(self.columns.items(), keep, strict=True)}
+
+    def moved(self, last: Round, power: int) -> list[int]:
+        """Return shares nearer to those at which an entry costs the same everywhere."""
+        columns = list(self.columns.values())
+        before = [_odds(max(each.gone(left), 0.5 / each.inputs)) for each, left in zip(columns, last.keep, strict=True)]
+
+        def order(place: int, gone: float) -> tuple[float, float]:
+            times = _odds(gone) / before[place]
+            price = max(last.prices[place], 0.0) * times**power
+            return (-inf if times < 1 / STEP else inf if times > STEP else price), times
+
+        return share(columns, self.goal(), order)
+
+    def see(self, layer: Layer) -> None:
+        """Find out what a layer can lose."""
+        key = layer.module, layer.name
+        mask = self.masks[key]
+        self.columns[key] = Columns.of(layer.matrix(torch.ones_like(layer.weight) if mask is None else mask))
+
+    def round(self, keep: list[int] | None) -> Round:
+        """Prune and fit with these shares, by default equal ones, and see what it does to the output."""
+        goals: Goals = {}
+
+        def decide(layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+            if not goals:  # by now all layers have been seen
+                goals.update(self.goals(keep or self.even()))
+            self._try(layer, problem, weight, alive, goals[layer.module, layer.name])
+            return self.decide(goals)(layer, problem, weight, alive)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is to be told, the fit on all data tells
+            found, _ = self.fitted.fit(decide, check=self.see)
+        return Round(keep or self.even(), *self._measure(found))
+
+    def _try(self, layer: Layer, problem: Problem, weight: Tensor, alive: Tensor, gone: float) -> None:
+        """Remember how a layer's weights and bias differ between a little less and a little more that goes."""
+        inputs = weight.shape[-1]
+        odds, kept = _odds(max(gone, 0.5 / inputs)), round(inputs * (1 - gone))
+        many = min(max(round(inputs / (1 + odds / APART)), kept + 1), inputs)
+        few = max(min(round(inputs / (1 + odds * APART)), kept - 1), 1)
+        scores = wanda_scores(problem, weight * alive)
+        less, more = (nm_mask(scores, NM(n, inputs, dim=2), alive) for n in (many, few))
+        low, high = (refit(problem, weight, mask) for mask in (less, more))
+        middle, change = (layer.shaped(each).to(layer.weight) for each in ((low + high) / 2, high - low))
+        bias: tuple[Tensor | None, Tensor | None] = None, None
+        if layer.module in self.task.biases:
+            low, high = (problem.best_bias(each).flatten().to(layer.weight) for each in (low, high))
+            bias = (low + high) / 2, high - low
+        self.tried[layer.module, layer.name] = Tried((middle, bias[0]), (change, bias[1]), int((less - more).sum()))
+
+    def _measure(self, found: Sequence[Fitted]) -> tuple[float, list[float]]:
+        """Return the error of the output on what is kept aside, and by how much it rises for each entry that goes.
+
+        From a little less to a little more of one layer, the error rises by the gradient half way times the way, as far
+        as it is quadratic. So there the gradient is taken, of all layers at once.
+        """
+        tried = [self.tried[each.target.module, each.target.name] for each in found]
+        total, rises = 0.0, [0.0] * len(found)
+        with calibrating(self.task.model, list(self.columns), {**self.task.options, "progress": False}) as run:
+            pruned = _tables(found, [(each.weight * each.mask, each.bias) for each in found])
+            between = _tables(found, [each.middle for each in tried])
+            weights = [value for _, _, value in between]
+            changes = [(n, each) for n, ends in enumerate(tried) for each in ends.change if each is not None]
+            for batch in run.batches(self.aside, ""):
+                with torch.autocast(run.device.type, enabled=False):
+                    with torch.no_grad():
+                        with holding(self.task.reference):
+                            dense = _outputs(run, batch)
+                        with holding(pruned):
+                            total += float(_error(_outputs(run, batch), dense))
+                    with holding(between):
+                        gradients = _gradients(_error(_outputs(run, batch), dense), weights)
+                for (place, change), gradient in zip(changes, gradients, strict=True):
+                    if gradient is not None:
+                        rises[place] += float((gradient.double() * change).sum())
+        sums = torch.tensor([total, *rises, len(self.aside)], dtype=torch.float64, device="cpu")
+        total, *rises, count = Ranks(self.task.options.get("process_group")).sum(sums).tolist()
+        prices = [rise / max(ends.entries, 1) / count for rise, ends in zip(rises, tried, strict=True)]
+        return total / count, prices
+
+
+def _tables(found: Sequence[Fitted], values: Sequence[Solution]) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
+    """Return where the modules hold new weights and biases, and these."""
+    return [
+        (each.target.module._parameters, name, nn.Parameter(value))
+        for each, pair in zip(found, values, strict=True)
+        for name, value in zip((each.target.name, "bias"), pair, strict=True)
+        if value is not None
+    ]
+
+
+def _odds(gone: float) -> float:
+    return gone / (1 - gone) if gone < 1 else inf
+
+
+def _gradients(error: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradient of ``error`` for each of ``weights``; None where it does not depend on it."""
+    if not error.requires_grad:
+        raise ValueError(
+            "allocation='auto' differentiates the model's output, which depends on none of params here, as when the "
+            "model computes under torch.no_grad(). Leave allocation out, or pass amounts as target_sparsity=."
+        )
+    return torch.autograd.grad(error, weights, allow_unused=True)
+
+
+def _outputs(run: Run, batch: Batch) -> list[Tensor]:
+    """Return the floating-point tensors of what the model gives, without what the batch's mask leaves out."""
+    found, mask = [], batch.mask
+    for each in leaves(run.output(batch.inputs)):
+        if not each.is_floating_point():
+            continue
+        if mask is not None and each.shape[: mask.dim()] == mask.shape:
+            each = each[mask.to(each.device)]
+        found.append(each.to(wide(each.dtype)))
+    if not any(each.numel() for each in found):
+        raise TypeError(
+            "allocation='auto' compares the model's outputs, but there is no floating-point tensor in them. Leave "
+            "allocation out, or pass amounts as target_sparsity=."
+        )
+    return found
+
+
+def _error(outputs: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
+    """Return the mean over the tensors of their squared error, relative to their variation."""
+    if [each.shape for each in outputs] != [each.shape for each in dense]:
+        raise ValueError(
+            "allocation='auto' compares the model's outputs, but when it is pruned they have other shapes. Leave "
+            "allocation out, or pass amounts as target_sparsity=."
+        )
+    parts = []
+    for one, other in zip(outputs, dense, strict=True):
+        variation = (other - other.mean()).square().sum()
+        parts.append((one - other).square().sum() / torch.where(variation > 0, variation, 1.0))
+    error = torch.stack(parts).mean()
+    if not error.isfinite():
+        raise ValueError(
+            "the model's output holds NaN or infinity on the data kept aside, or squares beyond the range. Check the "
+            "data, or leave allocation out."
+        )
+    return error
