@@ -1,4 +1,4 @@
-"""Prune a trained network without training it: the chapter's LeNet, its survivors re-fitted to make up for the dead.
+"""Prune a trained network without training it: the chapter's LeNet, what is left re-fitted to the dense outputs.
 
 Prunes all five weights by magnitude, by Fisher information and by Gauss-Newton curvature, once with the chapter's
 sparsity for each layer and then with one threshold for the whole network; as they are, re-fitted, and pruned and
@@ -184,7 +184,7 @@ def two_of_four(task: Task) -> str:
         ("magnitude", plain),
         ("magnitude, compensated", compensated),
         ("SparseGPT", sparsegpt),
-        ("splitting, compensated", splitting),
+        ("admm, compensated", splitting),
     ):
         model, params = task.network()
         way(model, params)
