@@ -135,9 +135,10 @@ def pruned(case: Case) -> Iterator[tuple[str, nn.Module, float]]:
             rows = [row for row in report.rows if row.moved]
             before, after = (sum(getattr(row, key) for row in rows) / len(rows) for key in ("before", "after"))
             print(
-                f"{len(rows)} of {len(report.rows)} tensors in another order, in {time.perf_counter() - start:.0f} s: "
+                f"{len(rows)} of {len(report.rows)} tensors in another order, {time.perf_counter() - start:.0f} s: ",
+                end="",
             )
-            print(f"of the sum of their weights, 2:4 keeps {after:.1%} on average, not {before:.1%}")
+            print(f"2:4 keeps {after:.1%} of their weights on average, not {before:.1%}")
         for label, pattern in (("50 %", None), ("2:4", tpe.NM(2, 4)))[bool(order) :]:
             for name, way in WAYS.items():
                 model, start = copy.deepcopy(case.model), time.perf_counter()
@@ -176,10 +177,10 @@ def main() -> None:
         own = listed(case.model)
         weights = sum(module.get_parameter(key).numel() for module, key in own)
         share = weights / sum(each.numel() for each in case.model.parameters())
+        print(f"\n{name}: {len(own)} tensors, {share:.0%} of the parameters, are pruned.")
         print(
-            f"\n{name}: {len(own)} tensors, {share:.0%} of the parameters, are pruned; {len(case.reported)} images, of "
+            f"Compared on {len(case.reported)} images, of {len(dense.argmax(1).unique())} classes for the dense network."
         )
-        print(f"{len(dense.argmax(1).unique())} classes for the dense network, to compare")
         accuracy = "" if case.labels is None else f"{'accuracy':>12}"
         print(f"{'':<44}{'same class':>12}{'error':>12}{accuracy}{'pruning':>12}")
         print(f"{'dense':<44}{row(dense, dense, case.labels)}")
