@@ -552,6 +552,47 @@ def test_what_is_nm_already_stays_so():
     assert kept(model.two.weight) == 1.0
 
 
+def test_pruning_elsewhere_does_not_matter():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3), nn.ReLU())
+    model += nn.Sequential(nn.Linear(3, 3))
+    prune.l1_unstructured(model[6], "weight", amount=0.5)
+    inputs = torch.randn(4, 6)
+    before, mask = model(inputs).detach(), model[6].weight_mask
+    rows = tpe.permute_for_nm(model, inputs, [(model[2], "weight"), (model[6], "weight")]).rows
+    assert [row.moved > 0 for row in rows] == [True, False]
+    assert torch.allclose(model(inputs), before, atol=1e-6)
+    assert model[6].weight_mask is mask
+    assert prune.is_pruned(model[6])
+
+
+def expanded(model):
+    model[0].register_buffer("scale", torch.ones(1).expand(16))
+    model[0].register_forward_hook(lambda module, _, out: out * module.scale)
+    return "0.scale is expanded, so that several entries are one"
+
+
+def sparse(model):
+    model[0].weight.grad = torch.ones(16, 6).to_sparse()
+    return "0.weight has a sparse gradient"
+
+
+def of_inference(model):
+    with torch.inference_mode():
+        model[0].bias = nn.Parameter(torch.randn(16), requires_grad=False)
+    return "0.bias was made in inference mode"
+
+
+@pytest.mark.parametrize("change", [expanded, sparse, of_inference], ids=lambda change: change.__name__)
+def test_what_cannot_be_changed_in_place_stays(change):
+    model = chain()
+    why = change(model)
+    values = [each.detach().clone() for each in model.parameters()]
+    row = tpe.permute_for_nm(model, torch.randn(2, 6), [(model[2], "weight")]).rows[0]
+    assert (row.moved, row.reason) == (0, why)
+    assert all(map(torch.equal, values, model.parameters()))
+
+
 def test_layers_with_one_input_for_each_output():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8))
     report = tpe.permute_for_nm(model, image(1, 3, 6, 6), [(model[1], "weight")])
@@ -587,6 +628,22 @@ def test_a_model_that_computes_something_else_is_put_back():
     assert str(error.value).endswith("Leave what reads them out of params: out.weight.")
     rows = tpe.permute_for_nm(model, torch.randn(2, 6), [(model.mid, "weight")]).rows  # the remedy works
     assert rows[0].moved
+
+
+def test_wiring_that_is_not_the_same_for_all_channels_is_found_out():
+    def forward(self, x):
+        x = self.first(x)
+        one, other = x.chunk(2, -1)
+        return self.product(one * other) + self.rolled(x.roll(1, -1))
+
+    torch.manual_seed(0)
+    model = Told(forward, first=nn.Linear(6, 16), product=nn.Linear(8, 2), rolled=nn.Linear(16, 2))
+    inputs, snapshot = torch.randn(2, 6), Snapshot(model)
+    [group] = [each for each in graph_of(model, inputs, in_order=True) if each.fixed is None]
+    told = r"the 8 channels of first.weight .* params: product.weight, rolled.weight"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=told):
+        reorder(model, [Order(group, torch.tensor([7, 1, 2, 3, 4, 5, 6, 0]))], inputs)
+    assert snapshot.differences() == []
 
 
 @pytest.mark.parametrize("call", [1, 3, 5])

@@ -150,10 +150,10 @@ def permute_for_nm(
 
     Which channels go together follows from one forward pass, as in :func:`~torchprune_ext.deploy.compact.compact`. All
     layers that read the same channels share one order: the one in which the listed ones keep most in sum, as found by
-    exchanges of two channels until none gains (in very large layers, as far as every so many outputs tell). Inputs
-    stay where they are if they are the model's inputs or outputs, if something unknown reads them, or if the model's
-    code tells them apart; heads of attention, which go as a whole, and maps that are flattened channel by channel have
-    nothing to gain.
+    exchanges of two channels until none gains (in very large layers, as far as every so many outputs tell). What a head
+    of attention gives changes places within the head. Inputs stay where they are if they are the model's inputs or
+    outputs, or if something unknown reads them; channels that the model's code tells apart do not mix; and maps that
+    are flattened channel by channel have nothing to gain.
 
     Before it returns, all outputs are compared with those of before as ``compact`` does, in eval mode, on
     ``example_inputs``, on other values and on other sizes.
