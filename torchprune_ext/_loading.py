@@ -1,6 +1,7 @@
 """How data is read: the options of all calls that do, the batches of a loader, and the progress bar."""
 
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -31,7 +32,7 @@ class Options(TypedDict, total=False):
         progress: show a progress bar, which needs ``tqdm``; by default if that is installed.
         keep_rng: put torch's random state back to what it was.
         process_group: ``torch.distributed`` group whose ranks call this together, each with its own share of the data
-            and a replica of the model; all get the statistics of all data.
+            and a replica of the model; all get the statistics of all data, and so the same masks and weights.
     """
 
     prepare: Callable[[Any], tuple[Any, Any]] | None
@@ -41,6 +42,30 @@ class Options(TypedDict, total=False):
     progress: bool | None
     keep_rng: bool
     process_group: Any
+
+
+class PassOptions(Options, total=False):
+    """How the data is read, and where it is held while it waits between two layers.
+
+    Args:
+        offload: an existing folder, for more data than memory holds. What goes from one block of the model to the next
+            is written there, and one batch at a time is in memory. Takes about three times the forward passes.
+    """
+
+    offload: str | os.PathLike[str] | None
+
+
+def without_offload(options: PassOptions) -> tuple[Options, str | None]:
+    """Return the other options, and the folder, checked."""
+    rest: Any = dict(options)
+    folder = rest.pop("offload", None)
+    if folder is None:
+        return rest, None
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"offload={folder!r} is a {type(folder).__name__}. Pass the path of a folder.")
+    if not os.path.isdir(folder):
+        raise ValueError(f"offload={os.fspath(folder)!r} is not a folder. Make it first, e.g. by tempfile.mkdtemp().")
+    return rest, os.fspath(folder)
 
 
 def check_options(options: Options) -> None:

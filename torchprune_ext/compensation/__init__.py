@@ -6,9 +6,11 @@ ordinary masks, of any method, native or from here, and what is computed goes in
 
 Each batch goes through the model twice, in eval mode: as the reference model and as the pruned one, side by side.
 Beside one layer's moments, inputs x inputs in float64, the activations of all batches between two layers are held:
-pass as much data as fits, e.g. with ``max_batches``.
+pass as much data as fits, e.g. with ``max_batches``, or a folder for them as ``offload``. Several processes can share
+the data, see ``process_group`` of :class:`.Options`.
 """
 
+from torchprune_ext._loading import PassOptions
 from torchprune_ext.compensation.baseline import sparsegpt
 from torchprune_ext.compensation.batch_norm import recalibrate_bn
 from torchprune_ext.compensation.block_fitting import Refined, RefinedBlock
@@ -22,6 +24,7 @@ __all__ = [
     "DenseValues",
     "Fit",
     "Fits",
+    "PassOptions",
     "Refined",
     "RefinedBlock",
     "compensate",

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from torchprune_ext._host import Target
 from torchprune_ext._layers import Layer
-from torchprune_ext._loading import Options
+from torchprune_ext._loading import PassOptions
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.fitting import Fits, Task
@@ -31,7 +31,7 @@ def sparsegpt(
     target_sparsity: Sparsity | None = None,
     pattern: NM | None = None,
     dense: Dense | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[PassOptions],
 ) -> Fits:
     """Prune as SparseGPT does: column by column, each error made up for by the columns behind it; the baseline.
 
@@ -46,7 +46,7 @@ def sparsegpt(
             what is pruned already counted in; or one for each listed tensor, as ``{(module, name): fraction}``.
         pattern: instead of it, ``NM(n, m)`` along the input features or channels.
         dense: the reference model, see :func:`.compensate`.
-        **options: see :class:`.Options`.
+        **options: see :class:`.PassOptions`.
 
     Returns:
         The error of each layer before and after, as :class:`.Fit`.

@@ -19,18 +19,18 @@ from typing_extensions import Unpack
 from torchprune_ext._batches import Batch, check_mask, mask_rows
 from torchprune_ext._checks import check_module, warn
 from torchprune_ext._fingerprints import agree_on_values
-from torchprune_ext._loading import Options, taken, with_progress
+from torchprune_ext._loading import Options, PassOptions, taken, with_progress, without_offload
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._rows import find_sample_axes
 from torchprune_ext._runs import Run, calibrating, refuse_lazy, wide
-from torchprune_ext.compensation.blocks import OTHER_WAY, blocks_for
-from torchprune_ext.compensation.coroutines import Call, calls_of, hand_out
+from torchprune_ext.compensation.blocks import OTHER_WAY, side_by_side
+from torchprune_ext.compensation.coroutines import Call, hand_out
 
 Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
 GONE = object()
 
 
-def recalibrate_bn(model: nn.Module, loader: Iterable[Any], **options: Unpack[Options]) -> None:
+def recalibrate_bn(model: nn.Module, loader: Iterable[Any], **options: Unpack[PassOptions]) -> None:
     r"""Set the running mean and variance of every BatchNorm to those of what reaches it in eval mode, over all data.
 
     One BatchNorm after the other, in the order in which the model calls them, each behind those that are set already.
@@ -48,8 +48,8 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], **options: Unpack[Op
         model: any module with BatchNorm layers, pruned or not. Those with ``track_running_stats=False``, which use the
             statistics of each batch, are left alone, and so are those that are not called in eval mode.
         loader: batches as for :mod:`torchprune_ext.calibration`; targets are not used. Activations of all batches are
-            held between two layers: pass as much as fits, e.g. with ``max_batches``. Some hundred samples do.
-        **options: see :class:`.Options`.
+            held between two layers: pass as much as fits, or ``offload=``. Some hundred samples do.
+        **options: see :class:`.PassOptions`.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -79,14 +79,15 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], **options: Unpack[Op
         if not tracking:
             without = f": {list(layers.values())} are of track_running_stats=False" if layers else ""
             raise ValueError(f"model has no BatchNorm with running statistics{without}. There is nothing to estimate.")
-        raw = taken(loader, options)
+        plain, offload = without_offload(options)
+        raw = taken(loader, plain)
         bar = with_progress(tracking, "recalibrate_bn", None, options.get("progress"))
     agree_on_values(ranks, model, but=[buffer for layer in tracking for buffer in layer.buffers(recurse=False)])
-    quiet: Options = {**options, "progress": False}  # the bar counts layers
+    quiet: Options = {**plain, "progress": False}  # the bar counts layers
     with calibrating(model, None, quiet) as run:
         with ranks.together():
             batches = list(run.batches(raw, ""))
-        found = _Pass(run, tracking).over(batches, bar)
+        found = _Pass(run, tracking, offload).over(batches, bar)
         count = run.ranks.total(len(batches))
     missed = [name for layer, name in tracking.items() if layer not in found]
     if not found:
@@ -122,10 +123,11 @@ class _Pass:
     Args:
         run: the open model.
         layers: the layers to set, and how errors call them.
+        offload: folder for what goes from block to block; None to hold it in memory.
     """
 
-    def __init__(self, run: Run, layers: Mapping[nn.Module, str]) -> None:
-        self.run, self.layers = run, layers
+    def __init__(self, run: Run, layers: Mapping[nn.Module, str], offload: str | None) -> None:
+        self.run, self.layers, self.offload = run, layers, offload
         self.dtypes = {
             layer: buffer.dtype for layer in layers if (buffer := layer._buffers["running_mean"]) is not None
         }
@@ -141,18 +143,12 @@ class _Pass:
                 check_mask(batch.mask, batch.size)
             if masked:
                 self.axes = find_sample_axes(self.run, self.layers, masked[0], dict.fromkeys(self.layers, 0))
-            works = [partial(self.run.output, batch.inputs) for batch in batches]
-            each = calls_of(works, self.run.device.type)
-            blocks = blocks_for(self.run, list(self.layers), each, batches)
-        calls = [call for [call] in each]
-        try:
+        with side_by_side(self.run, list(self.layers), batches, self.run.device.type, self.offload) as (each, blocks):
+            calls = [call for [call] in each]
             with self._stopping(), blocks.standing_in():
                 for _ in chain(bar, repeat(None)):
                     if not self._next(calls, batches):
                         return self.found
-        finally:
-            for call in calls:
-                call.close()
         return self.found
 
     @contextmanager

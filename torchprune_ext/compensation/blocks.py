@@ -6,11 +6,14 @@ reads no earlier one than the last, as the layers of a transformer do, only the 
 that is so is tried with two batches: what is no longer held is NaN there, and must change nothing.
 """
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +23,57 @@ from torchprune_ext._batches import Batch
 from torchprune_ext._checks import warn
 from torchprune_ext._rows import seen
 from torchprune_ext._runs import Run
-from torchprune_ext.compensation.coroutines import Call, Replay, hand_out, running
+from torchprune_ext.compensation.coroutines import Call, Replay, calls_of, hand_out, running
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 PLAIN = (bool, int, float, str, type(None))
 OTHER_WAY = "loader: batches take different ways through the model. Pass such that call the same layers."
 
 
-class Gone(NamedTuple):
-    """A tensor that is not held any more."""
+class Output:
+    """What a block gave: a tree of tensors and numbers, whose tensors are copies, or in a file, or gone.
 
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+    Args:
+        output: the tree.
+        folder: where to put its floating-point tensors; None to hold them.
+    """
+
+    def __init__(self, output: Any, folder: str | None) -> None:
+        leaves, self.form = pytree.tree_flatten(output)
+        self.like = [leaf.to("meta") if _is_float(leaf) else _copied(leaf) for leaf in leaves]
+        self.held: list[Tensor] | None = None
+        self.file: str | None = None
+        floats = [leaf.detach() for leaf in leaves if _is_float(leaf)]
+        if folder is None:
+            self.held = [leaf.clone() for leaf in floats]
+        elif floats:
+            handle, self.file = tempfile.mkstemp(".pt", dir=folder)
+            with os.fdopen(handle, "wb") as file:
+                torch.save([leaf.clone() for leaf in floats], file)
+        self.device = floats[0].device if floats else torch.device("cpu")
+
+    def again(self) -> Any:
+        """Return the tree anew; NaN stands for floating-point tensors that are gone."""
+        floats = self.held
+        if self.file is not None:
+            floats = torch.load(self.file, weights_only=True)
+        held = None if floats is None else iter(floats)
+
+        def leaf_of(like: Any) -> Any:
+            if not _is_float(like):
+                return _copied(like)
+            if held is None:
+                return torch.full(like.shape, float("nan"), dtype=like.dtype, device=self.device)
+            return next(held) if self.file is not None else next(held).clone()
+
+        return pytree.tree_unflatten([leaf_of(like) for like in self.like], self.form)
+
+    def forget(self) -> None:
+        """Let the floating-point tensors go."""
+        self.held = None
+        if self.file is not None:
+            os.remove(self.file)
+            self.file = None
 
 
 class Blocks:
@@ -40,11 +81,12 @@ class Blocks:
 
     Args:
         modules: the blocks.
-        chain: whether each reads no earlier one than the last.
+        last: whether each reads no earlier one than the last.
+        folder: where to put outputs; None to hold them in memory.
     """
 
-    def __init__(self, modules: Sequence[nn.Module] = (), *, chain: bool = True) -> None:
-        self.modules, self.chain = list(modules), chain
+    def __init__(self, modules: Sequence[nn.Module] = (), *, last: bool = True, folder: str | None = None) -> None:
+        self.modules, self.last, self.folder = list(modules), last, folder
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -59,16 +101,15 @@ class Blocks:
         if block in call.entered:
             raise ValueError(OTHER_WAY)
         call.entered.add(block)
-        if block not in call.outputs:
-            output = forward(*args, **kwargs)
-            leaves, form = pytree.tree_flatten(output)
-            if self.chain:
-                for earlier, (old, spec) in call.outputs.items():
-                    call.outputs[earlier] = [_gone(leaf) for leaf in old], spec
-            call.outputs[block] = [_copied(leaf) for leaf in leaves], form
-            return output
-        leaves, form = call.outputs[block]
-        return pytree.tree_unflatten([_given(leaf) for leaf in leaves], form)
+        if block in call.outputs:
+            return call.outputs[block].again()
+        output = forward(*args, **kwargs)
+        kept = Output(output, self.folder)
+        if self.last:
+            for earlier in call.outputs.values():
+                earlier.forget()
+        call.outputs[block] = kept
+        return output
 
 
 @contextmanager
@@ -87,10 +128,43 @@ def replaced(modules: Iterable[nn.Module], stand_in: Callable[..., Any]) -> Iter
                 vars(module)["forward"] = forward
 
 
-def blocks_for(
-    run: Run, stops: Sequence[nn.Module], calls: Sequence[Sequence[Call]], batches: Sequence[Batch]
+@contextmanager
+def side_by_side(
+    run: Run, stops: Sequence[nn.Module], batches: Sequence[Batch], device: str, offload: str | None, streams: int = 1
+) -> Iterator[tuple[list[list[Call]], Blocks]]:
+    """Open calls of the model, so many ``streams`` for each batch, and the blocks by which they go on.
+
+    Args:
+        run: the open model.
+        stops: the modules at which calls stop.
+        batches: the batches.
+        device: type of the device whose autocast counts.
+        offload: folder for what blocks give; only the batch that runs is then in memory.
+        streams: calls for each batch.
+    """
+    works = [partial(run.output, batch.inputs) for batch in batches]
+    with ExitStack() as stack:
+        with run.ranks.together():
+            folder = None
+            if offload is not None:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="torchprune_ext-", dir=offload))
+            calls = calls_of(works, device, streams, window=None if folder is None else 0)
+            for call in chain(*calls):
+                stack.callback(call.close)
+            blocks = _blocks_for(run, stops, calls, batches, folder)
+        yield calls, blocks
+
+
+def _blocks_for(
+    run: Run,
+    stops: Sequence[nn.Module],
+    calls: Sequence[Sequence[Call]],
+    batches: Sequence[Batch],
+    folder: str | None,
 ) -> Blocks:
     """Return the blocks by which ``calls``, one or more for each of ``batches``, that stop at ``stops`` go on.
+
+    What they give is put into ``folder``, or held in memory if that is None.
 
     Warns:
         UserWarning: there are calls that begin anew, and no blocks serve.
@@ -98,23 +172,27 @@ def blocks_for(
     anew = sum(any(call.restarts for call in each) for each in calls)
     if not anew or len(stops) < 2:
         return Blocks()
-    blocks = find_blocks(run, stops, batches)
+    blocks = find_blocks(run, stops, batches, folder)
     if blocks is None:
+        remedy = "Leave offload= out, or pass" if folder is not None else "Pass"
         warn(
-            f"{anew} of the {len(batches)} batches are run from the start for each of the {len(stops)} layers, since "
-            f"not more than {len(calls) - anew} are held in the middle of the model, and no parts of it could be told "
-            "apart that are run once each, one after the other. Pass fewer and larger batches."
+            f"{anew} of the {len(batches)} batches are run from the start of the model for each of the {len(stops)} "
+            f"layers, since only {len(calls) - anew} can wait in the middle of it, and no parts of it could be told "
+            f"apart that are run once each, one after the other. {remedy} fewer and larger batches."
         )
     return Blocks() if blocks is None else blocks
 
 
-def find_blocks(run: Run, stops: Sequence[nn.Module], batches: Sequence[Batch]) -> Blocks | None:
+def find_blocks(
+    run: Run, stops: Sequence[nn.Module], batches: Sequence[Batch], folder: str | None = None
+) -> Blocks | None:
     """Return blocks by which calls that stop at the modules ``stops`` go on as they would without; None if none serve.
 
     Args:
         run: the open model.
         stops: the modules; each is called once in a pass.
-        batches: two or more; unlike ones tell more.
+        batches: one or more; unlike ones tell more.
+        folder: where to put what blocks give.
     """
     runs = [partial(run.output, batch.inputs) for batch in (batches[0], _another(batches))]
     wanted = [_inputs_of(stops, work) for work in runs]
@@ -122,9 +200,9 @@ def find_blocks(run: Run, stops: Sequence[nn.Module], batches: Sequence[Batch]) 
     fitting = [modules for modules in candidates if modules]
     by_time = sorted(fitting, key=lambda modules: _cost(modules, stops))
     by_memory = sorted(fitting, key=len)
-    for chain, order in ((True, by_time), (False, by_memory)):
+    for last, order in ((True, by_time), (False, by_memory)):
         for modules in order:
-            blocks = Blocks(modules, chain=chain)
+            blocks = Blocks(modules, last=last, folder=folder)
             if _serves(blocks, stops, runs, wanted, run.device.type):
                 return blocks
     return None
@@ -223,6 +301,9 @@ def _serves(
                 known.update(each[0] for each in wanted[0][place : place + 1])
     except Exception:  # whatever a model says to NaN
         return False
+    finally:
+        for call in calls:
+            call.close()
     return True
 
 
@@ -248,16 +329,9 @@ def _is_plain(leaf: Any) -> bool:
     )
 
 
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
 def _copied(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _gone(leaf: Any) -> Any:
-    held = not isinstance(leaf, Tensor) or not leaf.is_floating_point()
-    return leaf if held else Gone(leaf.shape, leaf.dtype, leaf.device)
-
-
-def _given(leaf: Any) -> Any:
-    if isinstance(leaf, Gone):
-        return torch.full((), float("nan"), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
-    return _copied(leaf)

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from torchprune_ext._checks import check_whole
 from torchprune_ext._host import Target
 from torchprune_ext._layers import Layer
-from torchprune_ext._loading import Options
+from torchprune_ext._loading import PassOptions
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.by_output import shares_by_output
@@ -56,7 +56,7 @@ def compensate(
     *,
     dense: Dense | None = None,
     create_bias: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[PassOptions],
 ) -> Fits:
     """Re-fit what survived of each listed weight, and the layer's bias, to the reference layer's outputs; masks stay.
 
@@ -73,7 +73,7 @@ def compensate(
         dense: the reference model: a copy of the model from before pruning, its state dict, or what
             :func:`.dense_values` returned then. Needed when pruning and re-fitting, or training, take turns.
         create_bias: give layers that were made with ``bias=False`` one.
-        **options: see :class:`.Options`.
+        **options: see :class:`.PassOptions`.
 
     Returns:
         The error of each layer before and after, as :class:`Fit`; no row of a weight gets worse on the data given.
@@ -122,7 +122,7 @@ def prune_and_compensate(
     allocation: str | None = None,
     dense: Dense | None = None,
     create_bias: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[PassOptions],
 ) -> Fits:
     """Prune each layer in turn and re-fit it, without training, all in one pass over the data.
 
@@ -173,7 +173,7 @@ def prune_and_compensate(
             five, and memory for gradients. Shares that you know, as of :mod:`.allocation`, are a ``target_sparsity``.
         dense: the reference model, see :func:`compensate`.
         create_bias: give layers without a bias one.
-        **options: see :class:`.Options`.
+        **options: see :class:`.PassOptions`.
 
     Returns:
         The error of each layer before and after, as :class:`Fit`.

@@ -149,6 +149,8 @@ class Replay(Call):
 
     def close(self) -> None:
         """Forget what blocks have put into ``outputs``."""
+        for output in self.outputs.values():
+            output.forget()
         self.outputs.clear()
 
     def pause(self, key: object, value: object, *, known: bool) -> None:
@@ -188,7 +190,10 @@ def hand_out(key: object, value: object, *, known: bool) -> None:
         call.pause(key, value, known=known)
 
 
-def calls_of(works: Sequence[Callable[[], object]], device: str, streams: int = 1) -> list[list[Call]]:
-    """Return calls for each of ``works``, so many of each, of which no more than ``WINDOW`` works are in threads."""
-    kinds = [Coroutine if number < WINDOW else Replay for number in range(len(works))]
+def calls_of(
+    works: Sequence[Callable[[], object]], device: str, streams: int = 1, window: int | None = None
+) -> list[list[Call]]:
+    """Return calls for each of ``works``, so many of each; no more than ``window`` works are in threads."""
+    window = WINDOW if window is None else window
+    kinds = [Coroutine if number < window else Replay for number in range(len(works))]
     return [[kind(work, device) for _ in range(streams)] for kind, work in zip(kinds, works, strict=True)]

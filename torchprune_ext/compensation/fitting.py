@@ -15,7 +15,7 @@ from torchprune_ext._checks import check_module, leave_out, warn
 from torchprune_ext._fingerprints import agree_on, agree_on_values
 from torchprune_ext._host import Target, install, pruned, remember_dense, rewrite, targets_of, warn_of_zeros
 from torchprune_ext._layers import Layer, Solution
-from torchprune_ext._loading import Options, taken, with_progress
+from torchprune_ext._loading import Options, PassOptions, taken, with_progress, without_offload
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._runs import calibrating, refuse_lazy, wide
@@ -113,6 +113,7 @@ class Task:
         whole: whether the reference is a whole model, and not this one without the listed masks.
         batches: what the loader gave.
         options: how the data is read.
+        offload: folder for what goes from block to block of the model; None to hold it in memory.
     """
 
     model: nn.Module
@@ -122,6 +123,7 @@ class Task:
     whole: bool
     batches: list[Any]
     options: Options
+    offload: str | None
 
     @classmethod
     def of(
@@ -130,7 +132,7 @@ class Task:
         loader: Iterable[Any],
         params: Iterable[Key],
         dense: Dense | None,
-        options: Options,
+        options: PassOptions,
         *,
         biases: bool = True,
         create_bias: bool = False,
@@ -151,7 +153,8 @@ class Task:
         warn_of_zeros({target.where: target for target in targets})
         reference = reference_tables(model, targets, dense)
         free = _free_biases(model, targets, create_bias) if biases else frozenset()
-        return cls(model, targets, free, reference, dense is not None, taken(loader, options), options)
+        plain, offload = without_offload(options)
+        return cls(model, targets, free, reference, dense is not None, taken(loader, plain), plain, offload)
 
     @property
     def ranks(self) -> Ranks:
@@ -245,7 +248,7 @@ class Task:
                 tell(bar, 1 - float(keep.mean()), fits[key].after)
                 return layer.shaped(new), None if bias is None else bias.reshape(-1)
 
-            walk = Pass(run, layers, self.reference, solve)
+            walk = Pass(run, layers, self.reference, solve, self.offload)
             walk.over(batches)
             next(steps, None)
             for key, fit in fits.items():
@@ -280,7 +283,7 @@ class Task:
                 next(steps, None)
                 return layer.weight, None
 
-            Pass(run, layers, self.reference, solve).over(batches)
+            Pass(run, layers, self.reference, solve, self.offload).over(batches)
             next(steps, None)
 
     def _posed(self, layer: Layer, target: Target, moments: Moments) -> tuple[Problem, Tensor, Tensor]:

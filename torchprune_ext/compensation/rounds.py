@@ -8,7 +8,7 @@ from typing_extensions import Unpack
 
 from torchprune_ext._checks import check_whole, errors_about
 from torchprune_ext._host import Target
-from torchprune_ext._loading import Options, with_progress
+from torchprune_ext._loading import PassOptions, with_progress
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._restoring import all_or_nothing
 from torchprune_ext._statistics import Key
@@ -36,7 +36,7 @@ def prune_in_rounds(
     steps: int = 10,
     dense: Dense | None = None,
     create_bias: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[PassOptions],
 ) -> Fits:
     """Prune by one threshold over all listed tensors and re-fit them, in rounds, without training.
 
@@ -55,7 +55,7 @@ def prune_in_rounds(
         steps: number of rounds.
         dense: the reference model, see :func:`.compensate`.
         create_bias: give layers without a bias one.
-        **options: see :class:`.Options`.
+        **options: see :class:`.PassOptions`.
 
     Returns:
         The error of each layer before and after the last re-fit, as :class:`.Fit`.

@@ -28,8 +28,8 @@ from torchprune_ext._checks import leave_out
 from torchprune_ext._layers import Layer, Multiply, Solution
 from torchprune_ext._rows import MIXED, Seen, sample_axis, seen
 from torchprune_ext._runs import Run
-from torchprune_ext.compensation.blocks import OTHER_WAY, blocks_for
-from torchprune_ext.compensation.coroutines import Call, calls_of, hand_out
+from torchprune_ext.compensation.blocks import OTHER_WAY, side_by_side
+from torchprune_ext.compensation.coroutines import Call, hand_out
 from torchprune_ext.compensation.solvers import Moments
 from torchprune_ext.compensation.sources import Source
 
@@ -47,10 +47,14 @@ class Pass:
         layers: what to solve, in any order.
         reference: what the modules hold while the reference model runs, where it is something else.
         solve: from a layer and its least squares to its new weight and bias.
+        offload: folder for what goes from block to block; None to hold it in memory.
     """
 
-    def __init__(self, run: Run, layers: Sequence[Layer], reference: Tables, solve: Solve) -> None:
+    def __init__(
+        self, run: Run, layers: Sequence[Layer], reference: Tables, solve: Solve, offload: str | None = None
+    ) -> None:
         self.run, self.layers, self.reference, self.solve = run, layers, reference, solve
+        self.offload = offload
         self.solved: dict[Layer, Solution] = {}
         self.axes: dict[Layer, int] = {}  # on which the samples stand in each layer's input, if that matters
         self.dense = False  # whether it is the reference that runs
@@ -66,22 +70,15 @@ class Pass:
                 for batch in batches:
                     check_mask(batch.mask, batch.size)  # which refuses a batch without samples too
                 self._rehearse(batches[0], sample_axes=any(batch.mask is not None for batch in batches))
-            device = self.run.tensors[0].device.type
-            calls = calls_of([partial(self.run.output, batch.inputs) for batch in batches], device, streams=2)
-            with self.run.ranks.together():
-                blocks = blocks_for(self.run, [layer.module for layer in self.layers], calls, batches)
-            try:
-                with (
-                    self._instead_of_products(self._reach),
-                    blocks.standing_in(),
-                    torch.autocast(device, enabled=False),
-                ):
-                    while self._next(calls, batches):
-                        pass
-            finally:
-                for call in calls:
-                    for each in call:
-                        each.close()
+            modules, device = [layer.module for layer in self.layers], self.run.tensors[0].device.type
+            with (
+                side_by_side(self.run, modules, batches, device, self.offload, streams=2) as (calls, blocks),
+                self._instead_of_products(self._reach),
+                blocks.standing_in(),
+                torch.autocast(device, enabled=False),
+            ):
+                while self._next(calls, batches):
+                    pass
 
     def _next(self, calls: Sequence[Sequence[Call]], batches: Sequence[Batch]) -> bool:
         """Let all batches go on to the next layer and solve it; return False if they have come to the end instead."""
