@@ -22,7 +22,7 @@ def compare(comparison: Comparison, ax: Axes | None = None) -> Axes:
     be longer than 250 % is cut there, and has an arrow; what is not known, or has no ratio, has no bar.
 
     Args:
-        comparison: what :func:`.compare` returned.
+        comparison: what :func:`.deploy.compare.compare` returned.
         ax: where to draw; a new figure by default.
 
     Returns:
