@@ -39,8 +39,8 @@ def report(model: nn.Module, example_inputs: Any = None, *, threads: int | None 
 
     Args:
         model: any module, pruned or not, by whatever method.
-        example_inputs: one batch, to count multiplications and to measure latency as :func:`.deploy.compare.compare` does: a tensor, a
-            tuple of positional arguments or a dictionary of keywords. Without it nothing is run.
+        example_inputs: one batch, to count multiplications and to measure latency as :func:`.deploy.compare.compare`
+            does: a tensor, a tuple of positional arguments or a dictionary of keywords. Without it nothing is run.
         threads: of torch on the CPU while latency is measured; by default as many as now.
         rounds: how often it is measured, at least 2.
 
