@@ -41,8 +41,8 @@ def compare(comparison: Comparison, ax: Axes | None = None) -> Axes:
         >>> ax = compare(found, ax=Figure().subplots())
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['latency', 'MACs', 'parameters', 'nonzero', 'bytes']
-        >>> [bar.get_width() for bar in ax.containers[-1]][1:]
-        [50.0, 50.0, 50.0, 50.0]
+        >>> [int(bar.get_width()) for bar in ax.containers[-1]][1:]
+        [50, 50, 50, 50]
     """
     import_pyplot()
     if not isinstance(comparison, Comparison):
