@@ -327,6 +327,7 @@ def curve(count):
 
 DRAWN = {
     "mask_image": lambda ax: plots.mask_image(network()[0], ax=ax),
+    "mask_image_of_many": lambda ax: plots.mask_image(torch.ones(900, 900), ax=ax),
     "density_bars": lambda ax: plots.density_bars(network(), ax=ax),
     "density_bars_of_two": lambda ax: plots.density_bars(tpe.undo_all(deep()), deep(), ax=ax),
     "history": lambda ax: plots.history(network(), ax=ax),
@@ -337,14 +338,16 @@ DRAWN = {
     "sensitivity": lambda ax: plots.sensitivity(curve(4), ax=ax),
     "sensitivity_of_many": lambda ax: plots.sensitivity(curve(35), ax=ax),
 }
-SMALL = ("mask_image", "density_bars", "history", "schedule", "compare")
+SMALL = ("mask_image", "mask_image_of_many", "density_bars", "history", "schedule", "compare")
 
 
 def texts_of(ax):
     """Return all that is written in a figure, and the boxes around it."""
     ax.figure.draw_without_rendering()
     beyond = set()  # of the axis: not drawn
-    for axis, (low, high) in ((ax.xaxis, sorted(ax.get_xlim())), (ax.yaxis, sorted(ax.get_ylim()))):
+    sides = [(each.xaxis, sorted(each.get_xlim())) for each in ax.figure.axes]
+    sides += [(each.yaxis, sorted(each.get_ylim())) for each in ax.figure.axes]
+    for axis, (low, high) in sides:
         beyond |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
     texts = [text for text in ax.figure.findobj(Text) if text.get_visible() and text.get_text() and text not in beyond]
     return [(text.get_text(), text.get_window_extent()) for text in texts]
@@ -365,6 +368,17 @@ def check_readable(ax):
 @pytest.mark.parametrize("name", DRAWN)
 def test_nothing_that_is_written_overlaps_or_leaves_the_figure(name):
     check_readable(DRAWN[name](None))
+
+
+def test_histograms_can_be_read_too():
+    model = nn.Sequential()
+    for number, name in enumerate(("a", "layers_11_attention_output_dense", LONG.replace(".", "_"), "b" * 60)):
+        model.add_module(f"{number}{name}", nn.Linear(30, 30))
+    axes = plots.weight_histograms(model)
+    check_readable(axes[0])
+    titles = [ax.get_title() for ax in axes]
+    assert titles[0] == "0a.weight: 100.0 % kept"
+    assert titles[-1] == f"…{'b' * 24}.weight\n100.0 % kept"
 
 
 @pytest.mark.parametrize("name", SMALL)

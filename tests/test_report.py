@@ -436,6 +436,32 @@ def test_weights_that_share_memory_are_told_apart():
     assert [row.macs for row in found] == [16, 8]
 
 
+def test_in_inference_mode_the_same_is_counted():
+    model = prune.l1_unstructured(nn.Linear(16, 8), "weight", 0.5)
+    with torch.inference_mode():
+        found = tpe.report(model, torch.ones(2, 16), rounds=2)
+    assert (found.macs, found.effective_macs) == (256, 128)
+
+
+def test_of_compiled_models_too():
+    model = prune.l1_unstructured(nn.Linear(16, 8), "weight", 0.5)
+    found = tpe.report(torch.compile(model, backend="eager"), torch.ones(2, 16), rounds=2)
+    assert found["_orig_mod.weight"].sparsity == 0.5
+    assert found.macs in (None, 256)  # older releases do not count what is compiled
+    assert found.effective_macs in (None, 128)
+
+
+def test_weights_that_are_cast_or_computed_first_are_named():
+    class Casts(nn.Linear):
+        def forward(self, inputs):
+            return F.linear(inputs.double(), self.weight.double())
+
+    model = prune.l1_unstructured(Casts(16, 8), "weight", 0.5)
+    found = tpe.report(model, torch.ones(2, 16), rounds=2)
+    assert (found.macs, found.effective_macs, found["weight"].macs) == (256, 256, 0)
+    assert "counted in full, as no product is with them as they are stored: weight" in str(found)
+
+
 def test_without_inputs_nothing_is_run_and_costs_are_not_known():
     class Refuses(nn.Linear):
         def forward(self, inputs):
@@ -591,6 +617,10 @@ def test_models_without_anything():
     assert "0 of 0" in str(tpe.report(nn.ReLU()))
     assert tpe.report(nn.ReLU()).sparsity == 0
     assert "1 dense vector" in str(tpe.report(nn.PReLU()))
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Linear(0, 3)
+    assert tpe.report(empty)["weight"].units == {"entries": (0, 0)}
+    assert tpe.report(empty).empty == ()
     with pytest.raises(KeyError, match="It has none"):
         tpe.report(nn.ReLU())[0]
 

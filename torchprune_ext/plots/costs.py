@@ -22,7 +22,7 @@ def compare(comparison: Comparison, ax: Axes | None = None) -> Axes:
     be longer than 250 % is cut there, and has an arrow; what is not known, or has no ratio, has no bar.
 
     Args:
-        comparison: what :func:`.compare` returned.
+        comparison: what :func:`.deploy.compare.compare` returned.
         ax: where to draw; a new figure by default.
 
     Returns:
@@ -41,8 +41,8 @@ def compare(comparison: Comparison, ax: Axes | None = None) -> Axes:
         >>> ax = compare(found, ax=Figure().subplots())
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['latency', 'MACs', 'parameters', 'nonzero', 'bytes']
-        >>> [bar.get_width() for bar in ax.containers[-1]][1:]
-        [50.0, 50.0, 50.0, 50.0]
+        >>> [int(bar.get_width()) for bar in ax.containers[-1]][1:]
+        [50, 50, 50, 50]
     """
     import_pyplot()
     if not isinstance(comparison, Comparison):

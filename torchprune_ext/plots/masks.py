@@ -77,11 +77,10 @@ def mask_image(tensor: Tensor | nn.Module, ax: Axes | None = None, *, name: str 
     else:
         values = _values_with_axes("mask_image", tensor, 2, "Pass e.g. tensor.reshape(len(tensor), -1).")
         kept = (values != 0).double()
-    ax = axes_for(ax, 6.4, 4.8)
     rows, columns = values.shape
+    ax = axes_for(ax, *_page(rows, columns))
     block = math.ceil(rows / MOST_CELLS), math.ceil(columns / MOST_CELLS)
     shown = kept if block == (1, 1) else F.avg_pool2d(kept[None], block, ceil_mode=True, count_include_pad=False)[0]
-    long = max(rows, columns) > 8 * min(rows, columns)  # square cells would leave a stripe
     ax.imshow(
         shown.numpy(),
         cmap=LinearSegmentedColormap.from_list("kept", [PRUNED, KEPT]),
@@ -89,12 +88,13 @@ def mask_image(tensor: Tensor | nn.Module, ax: Axes | None = None, *, name: str 
         vmax=1,
         extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
         interpolation="nearest",
-        aspect="auto" if long else "equal",
+        aspect="auto" if _is_long(rows, columns) else "equal",
     )
     ax.set(xticks=[], yticks=[], ylabel=labels[0], xlabel=labels[1])
     ax.spines[:].set_visible(False)
     if block != (1, 1):
-        ax.set_xlabel(f"{rows:,} x {columns:,}; a pixel is {block[0]} x {block[1]}, the bluer the more are kept")
+        told = f"{rows:,} x {columns:,}, a pixel is {block[0]} x {block[1]}:\nthe bluer, the more are kept"
+        ax.set_xlabel(told, fontsize="small")
         return ax
     _draw_lines(ax, (rows, columns), tile)
     if not values.equal(kept):
@@ -161,6 +161,18 @@ def mask_cubes(tensor: Tensor | nn.Module, ax: Axes3D | None = None) -> Axes3D:
     for number in range(channels):
         ax.text(-0.7, height, bottom[number] + 0.5, f"channel {number}", ha="right", va="center", **style)
     return ax
+
+
+def _is_long(rows: int, columns: int) -> bool:
+    """Return whether square cells would leave a stripe."""
+    return max(rows, columns) > 8 * min(rows, columns)
+
+
+def _page(rows: int, columns: int) -> tuple[float, float]:
+    """Return the width and height of a figure of so many cells, in inches."""
+    if _is_long(rows, columns):
+        return 6.4, 4.8
+    return (6.4, 0.6 + 6.4 * rows / columns) if rows < columns else (0.6 + 5 * columns / rows, 5.0)
 
 
 def _entries_of(layer: nn.Module, name: str) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["density_bars", "weight_histograms"]
 
+LONGEST = 32  # letters of a title; of a longer name, the end is written
+
 
 def weight_histograms(model: nn.Module, axes: Iterable[Axes] | None = None) -> list[Axes]:
     """Draw one histogram per weight of a model: all entries as an outline, those that are not pruned filled.
@@ -250,9 +252,14 @@ def _draw_histogram(ax: Axes, weight: _Weight) -> None:
     kept, _ = torch.histogram(weight.values[weight.kept], edges)
     ax.stairs(counts.numpy(), edges.numpy(), color=DENSE, linewidth=1.5, label="all entries", zorder=2)
     ax.stairs(kept.numpy(), edges.numpy(), color=KEPT, fill=True, label="entries that are not pruned")
-    ax.set_title(f"{weight.label}: {percent(weight.kept.double().mean().item())} kept", fontsize="medium")
-    ax.set(xlabel="value", ylabel="entries")
-    ax.locator_params(axis="x", nbins=6)
+    label, kept_share = weight.label, f"{percent(weight.kept.double().mean().item())} kept"
+    if len(label) > LONGEST:
+        label = f"…{label[1 - LONGEST :]}"
+    ax.set_title(label + (": " if len(label) < LONGEST // 2 else "\n") + kept_share, fontsize="small")
+    ax.set_xlabel("value", fontsize="small")
+    ax.set_ylabel("entries", fontsize="small")
+    ax.tick_params(labelsize="small")
+    ax.locator_params(axis="x", nbins=5)
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -260,5 +267,5 @@ def _new_axes(pyplot: ModuleType, count: int) -> list[Axes]:
     """Return ``count`` axes of a new figure, in at most three columns."""
     columns = min(count, 3)
     rows = math.ceil(count / columns)
-    figure = pyplot.figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
+    figure = pyplot.figure(figsize=(max(4.0, 2.6 * columns), 0.4 + 2.0 * rows), layout="constrained")
     return [figure.add_subplot(rows, columns, number) for number in range(1, count + 1)]

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchprune_ext._checks import check_module, check_whole, errors_about
-from torchprune_ext._host import Target, as_plain, targets_in
+from torchprune_ext._host import Target, as_plain, outside_of_inference, targets_in
 from torchprune_ext._runs import refuse_lazy
 from torchprune_ext.deploy.compare import check_runs, first_forward, forward_of, forward_only, with_threads
 from torchprune_ext.deploy.counting import macs_by_weight
@@ -39,8 +39,8 @@ def report(model: nn.Module, example_inputs: Any = None, *, threads: int | None 
 
     Args:
         model: any module, pruned or not, by whatever method.
-        example_inputs: one batch, to count multiplications and to measure latency as :func:`.compare` does: a tensor, a
-            tuple of positional arguments or a dictionary of keywords. Without it nothing is run.
+        example_inputs: one batch, to count multiplications and to measure latency as :func:`.deploy.compare.compare`
+            does: a tensor, a tuple of positional arguments or a dictionary of keywords. Without it nothing is run.
         threads: of torch on the CPU while latency is measured; by default as many as now.
         rounds: how often it is measured, at least 2.
 
@@ -104,7 +104,7 @@ def _row(names: list[str], targets: list[Target]) -> Row:
     units = {"entries": Count(total - kept, total)}
     shape = tuple(parameter.shape) if alive is None else tuple(alive.shape)
     for kind, unit in units_of(module, len(shape)).items():
-        if alive is not None:
+        if alive is not None and total:
             units[kind] = Count(*count_zero(alive, unit))
     parts = module.groups if isinstance(module, _ConvTransposeNd) and len(shape) > 2 else 1
     masked = next((target for target in targets if target.mask is not None), None)
@@ -162,10 +162,10 @@ def _alive(name: str, targets: list[Target]) -> tuple[Tensor | None, str, int | 
 def _with_costs(found: Report, model: nn.Module, example_inputs: Any, threads: int, rounds: int) -> Report:
     """Return the report with what a forward pass of ``model`` costs."""
     call = forward_of(model, example_inputs)
-    with forward_only([model]):
+    with outside_of_inference(), forward_only([model]):  # in inference mode, layers are not taken to their products
         with with_threads(threads):
             macs = first_forward("model", model, call)
-            by_name = None if macs is None else _macs_by_name(model, call)
+            by_name = None if macs is None else _macs_by_name(model, call, macs)
         times = medians({"": call}, rounds=rounds, threads=threads)[""]
     costs: dict[str, Any] = {"latency": times.median, "spread": times.spread, "threads": threads, "rounds": rounds}
     if by_name is None:
@@ -175,10 +175,11 @@ def _with_costs(found: Report, model: nn.Module, example_inputs: Any, threads: i
     return replace(found, rows=rows, macs=macs, effective_macs=round((macs or 0) - saved), **costs)
 
 
-def _macs_by_name(model: nn.Module, call: Callable[[], object]) -> dict[str, int] | None:
-    """Return how many multiplications ``call`` makes with each parameter; None if it cannot be taken to its parts."""
+def _macs_by_name(model: nn.Module, call: Callable[[], object], macs: int) -> dict[str, int] | None:
+    """Return how many of the multiplications that ``call`` makes are with each parameter; None if not all are seen."""
     try:
         with as_plain(model):  # in which weights, and no products with masks, are multiplied with
-            return macs_by_weight(model, call)[0]
-    except Exception:
+            found, total = macs_by_weight(model, call)
+    except Exception:  # of what cannot be taken to its parts
         return None
+    return found if total == macs else None

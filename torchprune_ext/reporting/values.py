@@ -129,7 +129,9 @@ class Report:
         rows: one for each parameter, in the order of the model; one that several modules share (tied) has one row.
         macs: multiplications of one forward pass of the example, in matrix products, convolutions and attention, zeros
             included; None without ``example_inputs``, and where that is not known.
-        effective_macs: those of them that are not with a pruned entry. Theoretical: dense kernels multiply by all.
+        effective_macs: those of them that are not with a pruned entry. Theoretical: dense kernels multiply by all. None
+            where ``macs`` is, and where it is not known with which weights they are. Weights that are cast or computed
+            before they are multiplied with count in full, and the table names those that are pruned.
         latency: median seconds of a forward pass; None without ``example_inputs``.
         spread: interquartile range of these, in seconds.
         threads: how many torch had on the CPU.
@@ -286,13 +288,18 @@ class Report:
                 notes.append(f"{word}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
         if self.latency is None or self.spread is None:
             return notes
-        if self.macs is None or self.effective_macs is None:
+        if self.macs is None:
             notes.append("MACs: not known, as there are products that torch.utils.flop_counter has no formula for")
+        elif self.effective_macs is None:
+            notes.append(f"MACs: {quantity(self.macs)}; of which weights is not known")
         else:
             notes.append(
                 f"MACs: {quantity(self.macs)}; with entries that are kept: {quantity(self.effective_macs)}, "
                 f"{_percent(self.effective_macs, self.macs)}, which is theoretical: dense kernels multiply by zeros too"
             )
+            unseen = [row.name for row in self.weights if not row.full and not row.macs]
+            if unseen:
+                notes.append(f"counted in full, as no product is with them as they are stored: {', '.join(unseen[:8])}")
         return [
             *notes,
             f"latency: {significant(1e3 * self.latency)} ms ± {significant(1e3 * self.spread)}, median ± interquartile "
