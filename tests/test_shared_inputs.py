@@ -208,10 +208,10 @@ def test_moments_are_those_of_all_samples_wherever_the_inputs_come_from(same, lo
         equal(*map(pick, problems))
 
 
-def test_inverses_are_kept_only_for_layers_that_follow(monkeypatch):
+def test_layers_that_share_their_inputs_share_the_inverses(monkeypatch):
     made = []
     real = splitting.inverse_of
     monkeypatch.setattr(splitting, "inverse_of", lambda *args: made.append(args[1]) or real(*args))
-    fitted(lambda: Readers(layers=[nn.Linear(6, 5), nn.Linear(6, 4), nn.Linear(6, 5)]), data((6,), (30,)))
+    fitted(Readers, data((6,), (30,)))
     stages = -(-splitting.STEPS // splitting.EVERY)
-    assert len(made) == 3 * stages  # of the first layer, of those that share, of the last
+    assert len(made) == 4 * stages  # of the first layer, of those that share, with a bias and without, of the last
