@@ -112,9 +112,9 @@ def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], 
 
         return run
 
-    def fitted(criterion: str, steps: int = 1) -> Callable[..., object]:
+    def fitted(criterion: str, steps: int = 1, **more: Any) -> Callable[..., object]:
         return lambda model, data, params: tpe.prune_and_compensate(
-            model, data, params, criterion=criterion, steps=steps, **goal, **options
+            model, data, params, criterion=criterion, steps=steps, **more, **goal, **options
         )
 
     def magnitude(_: nn.Module, __: list[Batch], params: Params) -> None:
@@ -128,6 +128,7 @@ def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], 
         "Wanda, compensated": fitted("wanda"),
         "OBS in 4 steps, compensated": fitted("obs", 4),
         "splitting, compensated": fitted("admm"),
+        **({"splitting, shares by output": fitted("admm", allocation="auto")} if pattern is None else {}),
     }
 
 
