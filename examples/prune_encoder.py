@@ -128,9 +128,9 @@ def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], 
 
         return run
 
-    def fitted(criterion: str, steps: int = 1) -> Callable[..., object]:
+    def fitted(criterion: str, steps: int = 1, **more: Any) -> Callable[..., object]:
         return lambda model, data, params: tpe.prune_and_compensate(
-            model, data, params, criterion=criterion, steps=steps, **goal, **options
+            model, data, params, criterion=criterion, steps=steps, **more, **goal, **options
         )
 
     def refined(model: nn.Module, data: list[Batch], params: Params) -> object:
@@ -149,6 +149,7 @@ def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], 
         "Wanda, compensated": fitted("wanda"),
         "OBS in 4 steps, compensated": fitted("obs", 4),
         "splitting, compensated": fitted("admm"),
+        **({"splitting, shares by output": fitted("admm", allocation="auto")} if pattern is None else {}),
         "splitting, refined": refined,
     }
 

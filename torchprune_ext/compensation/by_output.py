@@ -8,7 +8,7 @@ it went. Shares move towards the layers whose entries cost least, and all is don
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import floor, inf
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torchprune_ext.patterns import NM
 
 ASIDE = 4  # one of so many batches is kept aside
 APART = 1.5  # between the odds of a layer's share, gone to left, and the odds at which it is tried
-STEP = 2.0  # most by which these odds change from one round to the next
+STEP = 2.0  # most by which these odds change from one round to the next, at the first of
 POWERS = 2, 4  # of the odds with which prices are taken to rise: at first, and at last, after rounds that failed
 ROUNDS = 8  # at most; seldom more than three
 
@@ -159,10 +159,12 @@ class Search:
 
     def __post_init__(self) -> None:
         """Keep a part of the batches aside."""
-        batches = self.task.batches
-        self.aside = batches[::ASIDE]
-        self.fitted = replace(self.task, batches=[each for place, each in enumerate(batches) if place % ASIDE])
-        self.masks = {(target.module, target.name): target.mask for target in self.task.targets}
+        self.aside = self.task.batches[::ASIDE]
+        rest = [each for place, each in enumerate(self.task.batches) if place % ASIDE]
+        order = {module: place for place, module in enumerate(self.task.model.modules())}
+        targets = sorted(self.task.targets, key=lambda target: order[target.module])  # however they are listed
+        self.fitted = replace(self.task, targets=targets, batches=rest)
+        self.masks = {(target.module, target.name): target.mask for target in targets}
 
     def best(self) -> tuple[Goals, list[float]]:
         """Return the shares with the least error, and the errors of all rounds."""
@@ -190,7 +192,7 @@ class Search:
         if goal > total - least:
             raise ValueError(
                 f"target_sparsity={self.target_sparsity!r} takes {goal} of the {total} listed entries, but one of each "
-                f"row stays, {least} in all. Pass {(total - least) / total:.4f} or less."
+                f"row stays, {least} in all. Pass {floor(1e4 * (1 - least / total)) / 1e4} or less."
             )
         return goal
 
@@ -207,10 +209,12 @@ class Search:
         columns = list(self.columns.values())
         before = [_odds(max(each.gone(left), 0.5 / each.inputs)) for each, left in zip(columns, last.keep, strict=True)]
 
+        most = STEP ** (POWERS[0] / power)
+
         def order(place: int, gone: float) -> tuple[float, float]:
             times = _odds(gone) / before[place]
             price = max(last.prices[place], 0.0) * times**power
-            return (-inf if times < 1 / STEP else inf if times > STEP else price), times
+            return (-inf if times < 1 / most else inf if times > most else price), times
 
         return share(columns, self.goal(), order)
 
