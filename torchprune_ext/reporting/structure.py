@@ -87,9 +87,10 @@ def _is_constant(alive: Tensor, axis: int) -> bool:
 def _along(alive: Tensor, axis: int, parts: int, density: float) -> list[NM]:
     """Return the patterns along ``axis``."""
     other = 0 if axis else 1
-    if alive.numel() > SAMPLE:
-        few = alive.narrow(other, 0, min(alive.shape[other], 1 + SAMPLE * alive.shape[other] // alive.numel()))
-        if not any(True for _ in _holding(few, axis, parts, density)):  # as in most, which are not looked through then
+    if alive.numel() > SAMPLE:  # most tensors have no pattern, and are not looked through then
+        some = min(alive.shape[other], 1 + SAMPLE * alive.shape[other] // alive.numel())
+        held = _holding(alive.narrow(other, 0, some), axis, parts, density, alive.shape[other] / some)
+        if not any(chance < CHANCE for _, chance in held):
             return []
     holding = dict(_holding(alive, axis, parts, density))
     sure = [pattern for pattern, chance in holding.items() if chance < CHANCE]
@@ -98,8 +99,13 @@ def _along(alive: Tensor, axis: int, parts: int, density: float) -> list[NM]:
     return [NM(n, m, axis, size % m > 0, parts) for n, m in found]
 
 
-def _holding(alive: Tensor, axis: int, parts: int, density: float) -> Iterator[tuple[tuple[int, int], float]]:
-    """Yield each N and M that hold along ``axis``, and how probable that is in entries strewn with this density."""
+def _holding(
+    alive: Tensor, axis: int, parts: int, density: float, times: float = 1.0
+) -> Iterator[tuple[tuple[int, int], float]]:
+    """Yield each N and M that hold along ``axis``, and how probable that is in entries strewn with this density.
+
+    Of a tensor that is as many ``times`` larger.
+    """
     size = alive.shape[axis] // parts
     counts = alive.view(torch.uint8).movedim(axis, -1).unflatten(-1, (parts, size))
     for m in GROUPS:
@@ -114,7 +120,7 @@ def _holding(alive: Tensor, axis: int, parts: int, density: float) -> Iterator[t
             if exact or (n <= m // 2 and n & (n - 1) == 0):
                 several = [n] if exact else range(n + 1)
                 one = sum(math.comb(m, k) * density**k * (1 - density) ** (m - k) for k in several)
-                yield (n, m), min(one, 1.0) ** counts.numel()
+                yield (n, m), min(one, 1.0) ** (counts.numel() * times)
 
 
 def _implies(one: tuple[int, int], other: tuple[int, int]) -> bool:
