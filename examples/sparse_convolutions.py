@@ -178,9 +178,7 @@ def main() -> None:
         weights = sum(module.get_parameter(key).numel() for module, key in own)
         share = weights / sum(each.numel() for each in case.model.parameters())
         print(f"\n{name}: {len(own)} tensors, {share:.0%} of the parameters, are pruned.")
-        print(
-            f"Compared on {len(case.reported)} images, of {len(dense.argmax(1).unique())} classes for the dense one."
-        )
+        print(f"Compared on {len(case.reported)} images, of {len(dense.argmax(1).unique())} classes for the dense one.")
         accuracy = "" if case.labels is None else f"{'accuracy':>12}"
         print(f"{'':<44}{'same class':>12}{'error':>12}{accuracy}{'pruning':>12}")
         print(f"{'dense':<44}{row(dense, dense, case.labels)}")
