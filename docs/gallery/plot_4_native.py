@@ -75,8 +75,8 @@ print("the product:", torch.equal(conv1.weight, conv1.weight_orig * conv1.weight
 print("hooks:", [type(hook).__name__ for hook in conv1._forward_pre_hooks.values()])
 
 # %%
-# A call from this package does exactly the same by another rule. Of every four inputs of
-# ``fc1``, each output keeps two:
+# A call from this package does exactly the same by another rule. Of every four inputs
+# of ``fc1``, each output keeps two:
 
 tpe.nm_structured(model.fc1, "weight", n=2, m=4)
 print(
