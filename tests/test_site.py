@@ -41,7 +41,18 @@ def public(module):
     }
 
 
-MODULES = ["", ".allocation", ".calibration", ".criteria", ".masks", ".methods", ".patterns", ".plots", ".selection"]
+MODULES = [
+    "",
+    ".allocation",
+    ".calibration",
+    ".compensation",
+    ".criteria",
+    ".masks",
+    ".methods",
+    ".patterns",
+    ".plots",
+    ".selection",
+]
 
 
 @pytest.mark.parametrize("module", MODULES)

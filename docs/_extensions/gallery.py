@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.utils.benchmark  # logs at its first import what it misses of CUDA: here, and not on a page
 
 outside = warnings.catch_warnings()
 

@@ -2,17 +2,21 @@
 Timing: when to prune, and how often
 ====================================
 
-A network can be pruned after it is trained, while it trains, or before. The usual way is the first: train, prune,
-fine-tune, evaluate. This script goes it step by step, with a sparsity for each layer, and then lets the other ways
-compete at a sparsity where it matters.
+A network can be pruned after it is trained, while it trains, or before. The usual way
+is the first: train, prune, fine-tune, evaluate. This script goes it step by step, with
+a sparsity for each layer, and then lets the other ways compete at a sparsity where it
+matters.
 """
+
+# sphinx_gallery_thumbnail_number = -1
 
 # %%
 # Train
 # -----
 #
-# LeNet-5 on the digits that come with scikit-learn, scaled to 28 x 28 pixels. A part of them is kept for choosing the
-# best epoch, and another one for the numbers at the end, which chooses nothing.
+# LeNet-5 on the digits that come with scikit-learn, scaled to 28 x 28 pixels. A part of
+# them is kept for choosing the best epoch, and another one for the numbers at the end,
+# which chooses nothing.
 
 import copy
 
@@ -27,9 +31,13 @@ import torchprune_ext as tpe
 from torchprune_ext import plots
 
 pixels, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
-images = F.interpolate(pixels.float().view(-1, 1, 8, 8) / 16, size=(28, 28), mode="bilinear")
+images = F.interpolate(
+    pixels.float().view(-1, 1, 8, 8) / 16, size=(28, 28), mode="bilinear"
+)
 order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-training, held_out, test = (TensorDataset(images[rows], labels[rows]) for rows in order.split((1147, 200, 450)))
+training, held_out, test = (
+    TensorDataset(images[rows], labels[rows]) for rows in order.split((1147, 200, 450))
+)
 loader = DataLoader(training, batch_size=32, shuffle=True)
 
 
@@ -65,7 +73,13 @@ def train(model, epochs, lr=0.02, pruner=None):
 
 @torch.no_grad()
 def accuracy(model, data=test):
-    return 100 * (model(data.tensors[0]).argmax(dim=1) == data.tensors[1]).float().mean().item()
+    return (
+        100
+        * (model(data.tensors[0]).argmax(dim=1) == data.tensors[1])
+        .float()
+        .mean()
+        .item()
+    )
 
 
 torch.manual_seed(0)
@@ -78,7 +92,8 @@ print(f"dense: {accuracy(dense):.1f} % of the test images right")
 # Prune
 # -----
 #
-# Each layer gets a sparsity of its own; a first layer that has few weights could well get less. What is smallest goes.
+# Each layer gets a sparsity of its own; a first layer that has few weights could well
+# get less. What is smallest goes.
 
 amounts = {"conv1": 0.85, "conv2": 0.80, "fc1": 0.75, "fc2": 0.70, "fc3": 0.80}
 model = copy.deepcopy(dense)
@@ -90,7 +105,8 @@ print(tpe.report(model))
 print(f"pruned: {accuracy(model):.1f} %")
 
 # %%
-# Three quarters of the weights are gone at once, and on digits as easy as these the network has hardly noticed.
+# Three quarters of the weights are gone at once, and on digits as easy as these the
+# network has hardly noticed.
 
 axes = plots.weight_histograms(model)
 
@@ -98,8 +114,9 @@ axes = plots.weight_histograms(model)
 # Fine-tune
 # ---------
 #
-# The weights that are left learn to do without the others. Masks stay, so nothing comes back; the loop below needs no
-# call that prunes again. :func:`~torchprune_ext.fine_tune` is such a loop, which also keeps the best epoch.
+# The weights that are left learn to do without the others. Masks stay, so nothing comes
+# back; the loop below needs no call that prunes again.
+# :func:`~torchprune_ext.fine_tune` is such a loop, which also keeps the best epoch.
 
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
 done = tpe.fine_tune(
@@ -123,24 +140,31 @@ axes = plots.weight_histograms(model)
 # Evaluate
 # --------
 #
-# What has it brought? The parameters that are not zero are a quarter. But a mask makes nothing faster: the zeros are
-# stored and multiplied like any other number, and while the masks are installed, they are multiplied in as well.
+# What has it brought? The parameters that are not zero are a quarter. But a mask makes
+# nothing faster: the zeros are stored and multiplied like any other number, and while
+# the masks are installed, they are multiplied in as well.
 
 final = tpe.remove_all(copy.deepcopy(model))
 found = tpe.compare(
-    {"dense": dense, "pruned": model, "made permanent": final}, images[:64], evaluate=accuracy, threads=1, rounds=5
+    {"dense": dense, "pruned": model, "made permanent": final},
+    images[:64],
+    evaluate=accuracy,
+    threads=1,
+    rounds=5,
 )
 print(found)
 
 # %%
-# :doc:`plot_5_beyond` is about what does make it faster. The smaller number of parameters is real where only those are
-# stored that are not zero: in a file of :func:`~torchprune_ext.save_sparse`, for example.
+# :doc:`plot_5_beyond` is about what does make it faster. The smaller number of
+# parameters is real where only those are stored that are not zero: in a file of
+# :func:`~torchprune_ext.save_sparse`, for example.
 #
 # How often, and when
 # -------------------
 #
-# At three quarters, all ways are alike on such easy digits. At 95 % they are not. All get the same sparsity, one budget
-# over all layers, and about the same training: 15 epochs of the dense network and 6 more, or 21 from the beginning.
+# At three quarters, all ways are alike on such easy digits. At 95 % they are not. All
+# get the same sparsity, one budget over all layers, and about the same training: 15
+# epochs of the dense network and 6 more, or 21 from the beginning.
 
 SPARSITY = 0.95
 
@@ -158,7 +182,7 @@ def one_shot():
 
 
 def iterative():
-    """In six rounds, each followed by an epoch; each takes the same part of what is left."""
+    """In six rounds, an epoch behind each; each takes the same part of the rest."""
     model = copy.deepcopy(dense)
     for done in range(1, 7):
         tpe.prune_to(weights(model), 1 - (1 - SPARSITY) ** (done / 6))
@@ -167,9 +191,11 @@ def iterative():
 
 
 def while_training():
-    """From the first epoch on, with more and more gone, and nothing more in the last third."""
+    """More and more from the first epoch on, and nothing more in the last third."""
     model = copy.deepcopy(initial)
-    schedule = tpe.schedules.cubic(start=len(loader), end=14 * len(loader), every=10, final=SPARSITY)
+    schedule = tpe.schedules.cubic(
+        start=len(loader), end=14 * len(loader), every=10, final=SPARSITY
+    )
     train(model, epochs=21, pruner=tpe.GradualPruner(model, weights(model), schedule))
     return model
 
@@ -187,10 +213,14 @@ def lottery_ticket():
 
 
 def before_training():
-    """By the sensitivity of the loss to each connection, before the first step (SNIP)."""
+    """By how sensitive the loss is to each weight, before the first step (SNIP)."""
     model = copy.deepcopy(initial)
-    scores = tpe.calibration.snip(model, F.cross_entropy, loader, weights(model), progress=False)
-    tpe.global_unstructured(weights(model), target_sparsity=SPARSITY, importance_scores=scores)
+    scores = tpe.calibration.snip(
+        model, F.cross_entropy, loader, weights(model), progress=False
+    )
+    tpe.global_unstructured(
+        weights(model), target_sparsity=SPARSITY, importance_scores=scores
+    )
     train(model, epochs=21)
     return model
 
@@ -200,7 +230,9 @@ def random_before_training():
     model = copy.deepcopy(initial)
     generator = torch.Generator().manual_seed(0)
     scores = tpe.calibration.random(weights(model), generator=generator)
-    tpe.global_unstructured(weights(model), target_sparsity=SPARSITY, importance_scores=scores)
+    tpe.global_unstructured(
+        weights(model), target_sparsity=SPARSITY, importance_scores=scores
+    )
     train(model, epochs=21)
     return model
 
@@ -213,22 +245,26 @@ ways = {
     "before, SNIP": before_training,
     "before, random": random_before_training,
 }
-reached = {}
+reached = {"dense": accuracy(dense)}
 for name, way in ways.items():
     torch.manual_seed(0)
     model = way()
     reached[name] = accuracy(model)
 
 _, ax = pyplot.subplots(figsize=(6.5, 3), layout="constrained")
-bars = ax.barh(list(reached), list(reached.values()), color=plots.KEPT)
+bars = ax.barh(
+    list(reached),
+    list(reached.values()),
+    color=[plots.DENSE] + [plots.KEPT] * len(ways),
+)
 ax.bar_label(bars, fmt="%.1f", padding=3)
-ax.axvline(accuracy(dense), color=plots.DENSE, label="dense")
 ax.set(xlim=(0, 112), xlabel="test accuracy in percent, 95 % pruned")
 ax.invert_yaxis()
-ax.legend(loc="upper right", bbox_to_anchor=(1, -0.1))
 
 # %%
-# One run says nothing about differences of a percent or two; the large one is real. Masks that are drawn by lot before
-# training leave a network that does not learn: too few paths lead through it. SNIP, which looks at the first gradients,
-# finds some that do, and costs no more than training a small network. With the knowledge of a trained network, three
-# ways lead to nearly the same place, and which of them is best depends on the network and on the epochs there are.
+# One run says nothing about differences of a percent or two; the large one is real.
+# Masks that are drawn by lot before training leave a network that does not learn: too
+# few paths lead through it. SNIP, which looks at the first gradients, finds some that
+# do, and costs no more than training a small network. With the knowledge of a trained
+# network, three ways lead to nearly the same place, and which of them is best depends
+# on the network and on the epochs there are.
