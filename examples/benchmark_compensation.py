@@ -122,6 +122,7 @@ def parts_of_a_pass(sequences: int) -> dict[str, float]:
     data = [torch.randn(len(part), TOKENS, HIDDEN) @ mixing.t() for part in torch.arange(sequences).split(8)]
     params = tpe.prunable_parameters(model, types=nn.Linear)
     spent = dict.fromkeys(PARTS, 0.0)
+    Setting(64, 128).splitting(None)  # load what loads late
 
     def counting(key: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
