@@ -73,7 +73,7 @@ def draw(title, *weights):
 #
 # Whatever is below a threshold goes. The mask is computed for the whole tensor at once,
 # as PyTorch's own methods do it; two loops over rows and columns would give the same
-# zeros, a thousand times slower on a real layer. Here and everywhere else in this
+# zeros, and take far longer on a real layer. Here and everywhere else in this
 # package, ``weight`` becomes the product of the dense values and a mask of zeros and
 # ones.
 

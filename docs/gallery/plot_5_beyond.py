@@ -212,8 +212,9 @@ ax.set(xlabel="milliseconds of a forward pass, batch of 1")
 # - *Permanent* is as fast as dense. Zeros are numbers.
 # - *CSR* is faster, at this sparsity and this size. For a LeNet it is not, and
 #   ``to_csr`` says so.
-# - *Compact* is faster everywhere, on any hardware, in any runtime, and its file is
-#   smaller as well.
+# - *Compact* needs nothing special: its layers are dense and smaller, for any runtime,
+#   and so is its file. Small layers gain less: each costs some time before it
+#   multiplies.
 #
 # :doc:`/compare` says how to measure, and when the time does not follow the
 # multiplications; :doc:`/sparse_inference` is about 2:4 on GPUs too.
