@@ -13,6 +13,7 @@ them is calibrated on. ``--validation`` reports on other blocks, to choose hyper
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from language_model import REPORTED, batches, blocks, find, load, options, perplexity, some, source_blocks, trunk
 from measure import in_fresh_process, peak_megabytes
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ Data = list[dict[str, Any]]
 Params = list[tuple[nn.Module, str]]
 Goal = tpe.NM | float  # n of m, or how much of each row goes
 Way = Callable[[nn.Module, Data, Params, Goal], object]
+REFINED, EPOCHS, RATE = 4, 3, 1e-4  # of refining: blocks of a step, epochs, learning rate
 COLUMNS: dict[str, Goal] = {"50%": 0.5, "2:4": tpe.NM(2, 4), "60%": 0.6, "70%": 0.7}
 
 
@@ -56,28 +59,47 @@ def magnitude(_: nn.Module, __: Data, params: Params, goal: Goal) -> None:
 
 
 def wanda(model: nn.Module, data: Data, params: Params, goal: Goal) -> None:
-    by_rows(params, goal, tpe.calibration.activations(model, data, params, progress=False))
+    by_rows(params, goal, tpe.calibration.activations(trunk(model), data, params, progress=False))
 
 
 def sparsegpt(model: nn.Module, data: Data, params: Params, goal: Goal) -> object:
-    return tpe.sparsegpt(model, data, params, progress=False, **asked(goal))
+    return tpe.sparsegpt(trunk(model), data, params, progress=False, **asked(goal))
 
 
 def fitted(criterion: str, **more: Any) -> Way:
     """Return the way that chooses by ``criterion`` and re-fits."""
     return lambda model, data, params, goal: tpe.prune_and_compensate(
-        model, data, params, criterion=criterion, progress=False, **asked(goal), **more
+        trunk(model), data, params, criterion=criterion, progress=False, **asked(goal), **more
     )
 
 
-# A row is a name and what prunes: one with another argument is ``fitted("admm", ...)``, one that goes on from there, on
-# the same data, a function like ``sparsegpt`` above.
+def divergence(logits: Tensor, dense: Tensor) -> Tensor:
+    """Return the mean over the tokens of the Kullback-Leibler divergence from the dense model's next tokens."""
+    found, wanted = (each.flatten(0, -2).log_softmax(-1) for each in (logits, dense))
+    return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+
+
+def refined(model: nn.Module, data: Data, params: Params, goal: Goal) -> object:
+    """Choose by splitting, re-fit, and fit all that is left to the dense model's next tokens."""
+    dense = copy.deepcopy(model)
+    fitted("admm")(model, data, params, goal)
+    few = [{**batch, "input_ids": part} for batch in data for part in batch["input_ids"].split(REFINED)]
+    return tpe.refine(model, few, [model], dense=dense, epochs=EPOCHS, optimizer=adam, loss=divergence, progress=False)
+
+
+def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=RATE, betas=(0.9, 0.98))
+
+
+# A row is a name and what prunes.
 WAYS: dict[str, Way] = {
     "magnitude": magnitude,
     "Wanda": wanda,
     "SparseGPT": sparsegpt,
     "Wanda, re-fitted": fitted("wanda"),
     "splitting": fitted("admm"),
+    "splitting, shares by output": fitted("admm", allocation="auto"),
+    "splitting, refined": refined,
 }
 
 
@@ -89,10 +111,9 @@ def measure(way: str | None, column: str | None, given: argparse.Namespace) -> d
     model, tokenizer = load(given.model, given.gguf)
     data, found = batches(blocks(tokenizer)[: given.blocks]), {}
     if way is not None and column is not None:
-        pruned = trunk(model)
-        params = tpe.prunable_parameters(pruned, types=nn.Linear)
+        params = tpe.prunable_parameters(trunk(model), types=nn.Linear)
         start = time.perf_counter()
-        found["MB"] = peak_megabytes(lambda: WAYS[way](pruned, data, params, COLUMNS[column]))
+        found["MB"] = peak_megabytes(lambda: WAYS[way](model, data, params, COLUMNS[column]))
         found["seconds"] = time.perf_counter() - start
         tpe.remove_all(model)
     texts = {"help": blocks(tokenizer)} | ({"source": source_blocks(tokenizer)} if given.other else {})
@@ -103,7 +124,7 @@ def measure(way: str | None, column: str | None, given: argparse.Namespace) -> d
 
 def told(name: str, cells: dict[str, float]) -> str:
     """Return a row of the table."""
-    pieces = [f"{name:<28}", *(f"{cells[text]:>13,.2f}" for text in ("help", "source") if text in cells)]
+    pieces = [f"{name:<34}", *(f"{cells[text]:>13,.2f}" for text in ("help", "source") if text in cells)]
     if "seconds" in cells:
         pieces.append(f"{cells['seconds']:>9,.0f} s{cells['MB']:>10,.0f} MB")
     return "".join(pieces)
@@ -120,7 +141,7 @@ def header(given: argparse.Namespace) -> str:
     which = "others than are reported, to choose by" if given.validation else "that nothing has seen"
     lines.append(f"{given.blocks} blocks of help topics to calibrate on; perplexity on {REPORTED} blocks {which}")
     names = "".join(f"{name:>13}" for name in ["help topics", *["source code"] * given.other])
-    return "\n".join([*lines, "", f"{'':<28}{names}{'pruning':>11}{'peak memory':>13}"])
+    return "\n".join([*lines, "", f"{'':<34}{names}{'pruning':>11}{'peak memory':>13}"])
 
 
 def main() -> None:
@@ -149,7 +170,8 @@ def main() -> None:
     row("dense")
     for column in given.columns:
         for way in given.rows:
-            row(f"{way}, {column}", way, column)
+            if "shares" not in way or isinstance(COLUMNS[column], float):  # a pattern leaves none to choose
+                row(f"{way}, {column}", way, column)
 
 
 if __name__ == "__main__":
