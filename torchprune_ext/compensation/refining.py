@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from torchprune_ext._batches import Batch, check_mask
-from torchprune_ext._checks import check_module, check_whole
+from torchprune_ext._checks import check_module, check_whole, errors_about
 from torchprune_ext._host import install, remember_dense, rewrite
 from torchprune_ext._loading import Options, taken
 from torchprune_ext._restoring import all_or_nothing
@@ -31,7 +31,7 @@ def refine(
     dense: Dense | None = None,
     epochs: int = 5,
     whole: bool = False,
-    held_out: float = 0.1,
+    held_out: float | Iterable[Any] = 0.1,
     optimizer: MakeOptimizer | None = None,
     loss: Loss | None = None,
     **options: Unpack[Options],
@@ -70,7 +70,9 @@ def refine(
             its masks.
         epochs: most passes over the batches that are not kept aside; each in another order, the same in every call.
         whole: fit all at once.
-        held_out: fraction of the batches that is kept aside, in (0, 1); one at least.
+        held_out: fraction of the batches that is kept aside, in (0, 1); one at least. Or other batches for that: if
+            ``loader`` is what :func:`.prune_and_compensate` has fitted to, the error there is too low from the start to
+            tell what would get better elsewhere.
         optimizer: from a list of parameters to an optimizer of torch. By default ``Adam(parameters, lr=1e-4,
             betas=(0.9, 0.98))``. The learning rate of any rises linearly in the first tenth of the steps, at most 30,
             and falls linearly to 0.
@@ -115,13 +117,21 @@ def refine(
         )
     reference = _completed(reference_tables(model, [t for held in everything for t in held.listed], dense), fitted)
     raw = taken(loader, options)
+    others = None
+    if not isinstance(held_out, (int, float)):
+        with errors_about("held_out"):
+            others = taken(held_out, {**options, "max_batches": None})
     quiet: Options = {**options, "progress": False}  # the bar counts blocks or epochs
     with calibrating(model, None, quiet) as run, standing_in(everything) as free:
-        batches = list(run.batches(raw, ""))
-        for batch in batches:
-            check_mask(batch.mask, batch.size)
+        batches, aside = (
+            [_checked(batch) for batch in run.batches(each, "")] if each else [] for each in (raw, others)
+        )
         task = Task(run, free, reference, Recipe(epochs, optimizer or adam, options.get("progress")), loss)
-        fit, kept_aside = _split([batch for batch in batches if counted(batch)], held_out)
+        batches, aside = ([batch for batch in each if counted(batch)] for each in (batches, aside))
+        fit, kept_aside = _split(batches, held_out) if isinstance(held_out, (int, float)) else (batches, aside)
+        for name, each in (("loader", fit), ("held_out", kept_aside)):
+            if not each:
+                raise ValueError(f"{name}: sample_mask leaves out every sample. Let it be True where a sample counts.")
         task.prepare(listed, fit, kept_aside, found=blocks is None, sequence=not whole)
         done = task.whole() if whole or not task.calls.inner else task.sequence()
         found = [(held, each.parameter.detach()) for held, each in free.items()] if done.model.best else []
@@ -130,15 +140,17 @@ def refine(
 
 
 def _check(
-    model: nn.Module, epochs: int, held_out: float, optimizer: object, loss: object, whole: object, options: Options
+    model: nn.Module, epochs: int, held_out: object, optimizer: object, loss: object, whole: object, options: Options
 ) -> None:
     """Raise unless the arguments fit."""
     check_module("model", model)
     refuse_lazy(model)
     check_whole("epochs", epochs, 1)
-    if isinstance(held_out, bool) or not isinstance(held_out, (int, float)):
-        raise TypeError(f"held_out={held_out!r} is a {type(held_out).__name__}. Pass a fraction of the batches.")
-    if not 0 < held_out < 1:
+    if isinstance(held_out, (bool, str)) or not isinstance(held_out, (int, float, Iterable)):
+        raise TypeError(
+            f"held_out={held_out!r} is a {type(held_out).__name__}. Pass a fraction of the batches, or other batches."
+        )
+    if isinstance(held_out, (int, float)) and not 0 < held_out < 1:
         raise ValueError(
             f"held_out={held_out!r} is not in (0, 1). Pass the fraction of the batches that is kept aside to tell "
             "whether the model gets better, e.g. 0.1."
@@ -163,6 +175,12 @@ def _check(
             )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("model is wrapped for several processes. Pass the model inside, model.module.")
+
+
+def _checked(batch: Batch) -> Batch:
+    """Return ``batch``, with a mask that fits it."""
+    check_mask(batch.mask, batch.size)
+    return batch
 
 
 def _split(batches: Sequence[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
