@@ -161,7 +161,8 @@ def permute_for_nm(
     Args:
         model: any module. Its parameters and buffers get their new order in place: they stay the same objects, in
             their memory formats, with their gradients. What else goes by the order of channels does not: make
-            optimizers, scores and copies that serve as reference models (``dense=``) afterwards.
+            optimizers, scores and copies that serve as reference models (``dense=``) afterwards. A reference model from
+            before has other channels in each place, which is refused only where it can be seen.
         example_inputs: one batch: a tensor, a tuple of positional or a dictionary of keyword arguments.
         params: tensors that are to be pruned, as in ``prunable_parameters(model)``, whose scores count.
         n: entries kept per group (count, ``0 < n <= m``).

@@ -71,7 +71,9 @@ def compensate(
         params: ``(module, name)`` pairs of the weights of ``Linear``, ``Conv1d`` and ``Conv2d``, or of other modules
             that multiply as ``Linear`` does; each is called once in a pass. Others stay as they are.
         dense: the reference model: a copy of the model from before pruning, its state dict, or what
-            :func:`.dense_values` returned then. Needed when pruning and re-fitting, or training, take turns.
+            :func:`.dense_values` returned then. Needed when pruning and re-fitting, or training, take turns. Its
+            channels have to be in the model's order: take it after :func:`.permute_for_nm`, as one from before cannot
+            always be told once the model has been trained or re-fitted.
         create_bias: give layers that were made with ``bias=False`` one.
         **options: see :class:`.PassOptions`.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchprune_ext._checks import check_module
@@ -23,6 +24,7 @@ REMEDY = (
     "Pass dense=: a copy of the model made before pruning, its state dict, or what dense_values(model, params) "
     "returned then; and keep passing it in all later rounds."
 )
+DISTINCT = 16  # values from which on their order tells more than chance: training can swap the signs of binary weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +101,8 @@ def reference_tables(model: nn.Module, targets: Sequence[Target], dense: Dense |
 
     Raises:
         TypeError: ``dense`` is of another type.
-        ValueError: the values do not fit the model; or ``dense`` is None and a target has changed since it was pruned.
+        ValueError: the values do not fit the model, or are its own in another order; or ``dense`` is None and a target
+            has changed since it was pruned.
     """
     if dense is None:
         refuse_changed(targets)
@@ -116,11 +119,29 @@ def reference_tables(model: nn.Module, targets: Sequence[Target], dense: Dense |
                 "as it was before pruning."
             )
         found.append((module, key, value.detach().to(tensor.device, tensor.dtype)))
+        if (target := Target.found(module, key)) is not None and _in_another_order(found[-1][2], target.parameter):
+            raise ValueError(
+                f"dense holds {name} with the model's own values, the same values in another order, as if only one of "
+                "them had gone through permute_for_nm: layers would be fitted to the outputs of other channels. Take "
+                "dense after permute_for_nm and before pruning."
+            )
     listed = {(target.module, target.name) for target in targets}
     for module, key, value in found:
         if (module, key) in listed and not value.isfinite().all():
             raise ValueError(f"dense holds NaN or infinity in {type(module).__name__}.{key}. Pass finite values.")
     return _tables(found)
+
+
+def _in_another_order(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one shape hold the same values in another order, too many to be so by chance."""
+    if not (one.is_floating_point() and one.layout == other.layout == torch.strided) or one.is_meta or not one.numel():
+        return False
+    if torch.equal(one, other) or any(a != b for a, b in zip(one.aminmax(), other.detach().aminmax(), strict=True)):
+        return False
+    values = one.flatten().sort().values
+    if not torch.equal(values, other.detach().flatten().sort().values):
+        return False
+    return len(values.unique_consecutive()) >= min(DISTINCT, len(values))
 
 
 def refuse_changed(targets: Iterable[Target]) -> None:
