@@ -293,8 +293,9 @@ def refuse_lazy(model: nn.Module) -> None:
     for name, module in model.named_modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if is_lazy(tensor):
+                where = f"model.{name}".rstrip(".")
                 raise ValueError(
-                    f"model.{name}, a {type(module).__name__}, has no shape yet. Run one forward first, then this."
+                    f"{where}, a {type(module).__name__}, has no shape yet. Run one forward first, then this."
                 )
 
 

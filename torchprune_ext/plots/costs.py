@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torchprune_ext.deploy.compare import HEADS, Comparison, cell
-from torchprune_ext.plots.drawing import HATCHES, LINE, PALETTE, axes_for, import_pyplot, legend_above, write_beside
+from torchprune_ext.plots.drawing import (
+    HATCHES,
+    LINE,
+    PALETTE,
+    axes_for,
+    import_pyplot,
+    label,
+    legend_above,
+    write_beside,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +67,7 @@ def compare(comparison: Comparison, ax: Axes | None = None) -> Axes:
         middles = [place + thickness * (number - (count - 1) / 2) for place in range(len(names))]
         lengths = [min(max(share, 0.0), WIDEST) for share in shares]
         colour, hatch = PALETTE[number % len(PALETTE)], HATCHES[number // len(PALETTE) % len(HATCHES)]
-        ax.barh(middles, lengths, height=0.9 * thickness, color=colour, hatch=hatch, label=row.name)
+        ax.barh(middles, lengths, height=0.9 * thickness, color=colour, hatch=hatch, label=label(row.name))
         if first.latency:
             half = 50 * row.spread / first.latency
             around = [max(0.0, lengths[spot] - half), min(lengths[spot] + half, WIDEST)]
@@ -68,7 +77,7 @@ def compare(comparison: Comparison, ax: Axes | None = None) -> Axes:
         notes += [cell(row, name) + " →" * (share > WIDEST) for name, share in zip(names, shares, strict=True)]
     ax.axvline(100, color=LINE, linewidth=0.8, linestyle=":", zorder=0)
     ax.set_yticks(range(len(names)), labels=[HEADS.get(name, name) for name in names])
-    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel=f"% of {first.name}")
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel=f"% of {label(first.name).strip()}")
     ax.spines[["top", "right"]].set_visible(False)
     legend_above(ax, count)
     write_beside(ax, ends, notes, 100)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torchprune_ext.plots.drawing import LINE, PALETTE, axes_for, import_pyplot
+from torchprune_ext.plots.drawing import LINE, PALETTE, axes_for, import_pyplot, label
 from torchprune_ext.schedules import Schedule
 from torchprune_ext.workflow.sensitivity import Sensitivity
 
@@ -60,7 +60,7 @@ def sensitivity(curve: Sensitivity, ax: Axes | None = None) -> Axes:
             linestyle=STYLES[place // len(PALETTE) % len(STYLES)],
             marker=MARKERS[place % len(MARKERS)],
             markersize=4,
-            label=layer.path,
+            label=label(layer.path),
         )
     ax.set(xlabel=f"sparsity of the layer (% of its {curve.units})", ylabel="metric", xlim=(0, 100))
     ax.spines[["top", "right"]].set_visible(False)

@@ -80,6 +80,16 @@ def legend_above(ax: Axes, entries: int) -> None:
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False, fontsize="small")
 
 
+def label(name: str) -> str:
+    r"""Return a name as matplotlib shows it: it leaves a label out that begins with ``_``, and reads ``$`` as formulas.
+
+    Example:
+        >>> label("_stem.weight"), label("costs $5")
+        (' _stem.weight', 'costs \\$5')
+    """
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def import_pyplot() -> Any:
     """Return ``matplotlib.pyplot``, or say which extra brings it."""
     try:
@@ -101,4 +111,5 @@ def check_drawable(where: str, tensor: Tensor) -> None:
 
 def on_cpu(tensor: Tensor) -> Tensor:
     """Return the values as float64 on the CPU, from any device, dtype and layout."""
-    return tensor.detach().to_dense().to("cpu", torch.float64)
+    plain = tensor.detach().dequantize() if tensor.is_quantized else tensor.detach().to_dense()
+    return plain.to("cpu", torch.float64)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 
 from torchprune_ext._host import Target, targets_in
 from torchprune_ext.plots.drawing import (
@@ -186,6 +187,8 @@ def _entries_of(layer: nn.Module, name: str) -> tuple[Tensor, Tensor]:
         if inside:
             remedy = f"Pass a layer of it, e.g. {inside[:4]}."
         raise ValueError(f"tensor is a {kind}, which has no parameter {name!r} of its own. {remedy}")
+    if is_lazy(target.parameter):
+        raise ValueError(f"tensor: {kind}.{name} has no shape yet. Run one forward first, then draw.")
     where = f"tensor: {target.where}"
     check_drawable(where, target.parameter)
     if target.parameter.numel() == 0:

@@ -9,7 +9,7 @@ from torch import nn
 
 from torchprune_ext._checks import check_module
 from torchprune_ext._tables import percent
-from torchprune_ext.plots.drawing import HATCHES, PALETTE, axes_for, import_pyplot, legend_above, write_beside
+from torchprune_ext.plots.drawing import HATCHES, PALETTE, axes_for, import_pyplot, label, legend_above, write_beside
 from torchprune_ext.reporting import Report, report
 
 if TYPE_CHECKING:
@@ -65,16 +65,16 @@ def history(model: nn.Module | Report, ax: Axes | None = None) -> Axes:
         for call, same in groupby(each.partition("(")[0] for each in row.history):
             number = len(looks)
             colour = PALETTE[number % len(PALETTE)], HATCHES[number // len(PALETTE) % len(HATCHES)]
-            label = "_" if call in looks else call
+            shown = "_" if call in looks else label(call)
             fill, hatch = looks.setdefault(call, colour)
             times = len(list(same))
-            ax.barh(place, times, left=done, height=0.7, color=fill, hatch=hatch, edgecolor="white", label=label)
+            ax.barh(place, times, left=done, height=0.7, color=fill, hatch=hatch, edgecolor="white", label=shown)
             if times > 1:
                 box = {"facecolor": "white", "edgecolor": "none", "boxstyle": "round,pad=0.15"}
                 ax.text(done + times / 2, place, f"{times} x", ha="center", va="center", fontsize="small", bbox=box)
             done += times
         notes.append(f"{percent(row.density)} kept" + ("" if row.history else ", history lost"))
-    ax.set_yticks(range(len(rows)), labels=[row.name for row in rows])
+    ax.set_yticks(range(len(rows)), labels=[label(row.name) for row in rows])
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="calls, in their order")
     ax.locator_params(axis="x", integer=True)
     ax.spines[["top", "right"]].set_visible(False)

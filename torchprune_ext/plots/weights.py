@@ -22,6 +22,7 @@ from torchprune_ext.plots.drawing import (
     check_ax,
     check_drawable,
     import_pyplot,
+    label,
     legend_above,
     on_cpu,
     write_beside,
@@ -125,20 +126,20 @@ def density_bars(model: nn.Module | Report, after: nn.Module | Report | None = N
     if after is not None:
         rounds.append(_shares("after", after))
         _check_same(*rounds)
-    labels = [label for label in rounds[0] if all(shares[label].is_drawn for shares in rounds)]
+    labels = [name for name in rounds[0] if all(shares[name].is_drawn for shares in rounds)]
     _check_any("model", model, labels)
     ax = axes_for(ax, 7, 1 + (0.3 if len(rounds) == 1 else 0.5) * len(labels))
     thickness = 0.8 / len(rounds)
     ends, notes = [], []
     for number, shares in enumerate(rounds):
-        drawn = [shares[label] for label in labels]
+        drawn = [shares[name] for name in labels]
         middles = [row + thickness * (number - (len(rounds) - 1) / 2) for row in range(len(labels))]
         lengths = [100 * share.kept / share.total for share in drawn]
         colour = KEPT if number == len(rounds) - 1 else DENSE
         ax.barh(middles, lengths, height=thickness, color=colour, label="after" if number else "before")
         ends += list(zip(lengths, middles, strict=True))
         notes += [f"{percent(share.kept / share.total)} ({share.kept:,} of {share.total:,})" for share in drawn]
-    ax.set_yticks(range(len(labels)), labels=labels)
+    ax.set_yticks(range(len(labels)), labels=[label(name) for name in labels])
     ax.set(ylim=(len(labels) - 0.5, -0.5), xticks=range(0, 101, 20), xlabel="density (%)")
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines["bottom"].set_bounds(0, 100)
@@ -252,10 +253,10 @@ def _draw_histogram(ax: Axes, weight: _Weight) -> None:
     kept, _ = torch.histogram(weight.values[weight.kept], edges)
     ax.stairs(counts.numpy(), edges.numpy(), color=DENSE, linewidth=1.5, label="all entries", zorder=2)
     ax.stairs(kept.numpy(), edges.numpy(), color=KEPT, fill=True, label="entries that are not pruned")
-    label, kept_share = weight.label, f"{percent(weight.kept.double().mean().item())} kept"
-    if len(label) > LONGEST:
-        label = f"…{label[1 - LONGEST :]}"
-    ax.set_title(label + (": " if len(label) < LONGEST // 2 else "\n") + kept_share, fontsize="small")
+    name, kept_share = weight.label, f"{percent(weight.kept.double().mean().item())} kept"
+    if len(name) > LONGEST:
+        name = f"…{name[1 - LONGEST :]}"
+    ax.set_title(label(name) + (": " if len(name) < LONGEST // 2 else "\n") + kept_share, fontsize="small")
     ax.set_xlabel("value", fontsize="small")
     ax.set_ylabel("entries", fontsize="small")
     ax.tick_params(labelsize="small")

@@ -140,7 +140,10 @@ def _alive(name: str, targets: list[Target]) -> tuple[Tensor | None, str, int | 
         )
     if is_traceable_wrapper_subclass(parameter) or parameter.is_quantized:
         return None, "unread", None
-    nonzero = (parameter if parameter.layout == torch.strided else parameter.to_dense()).to(torch.bool)
+    try:
+        nonzero = (parameter if parameter.layout == torch.strided else parameter.to_dense()).to(torch.bool)
+    except NotImplementedError:  # of packed dtypes, as float4
+        return None, "unread", None
     masks = [target.mask for target in targets if target.mask is not None]
     if len(masks) == len(targets):
         alive = masks[0].to(nonzero.device, torch.bool)

@@ -207,6 +207,10 @@ class Report:
         """Go through the rows."""
         return iter(self.rows)
 
+    def __contains__(self, item: object) -> bool:
+        """Return whether ``item`` is a name of a tensor, or a row."""
+        return item in self._places if isinstance(item, str) else item in self.rows
+
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.rows)
@@ -289,7 +293,9 @@ class Report:
         if self.latency is None or self.spread is None:
             return notes
         if self.macs is None:
-            notes.append("MACs: not known, as there are products that torch.utils.flop_counter has no formula for")
+            notes.append(
+                "MACs: not known, as no product was seen, or one that torch.utils.flop_counter has no formula for"
+            )
         elif self.effective_macs is None:
             notes.append(f"MACs: {quantity(self.macs)}; of which weights is not known")
         else:
