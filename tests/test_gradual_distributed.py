@@ -127,6 +127,20 @@ def an_error_on_one_rank_stops_all(rank):
     assert pruner.steps == 2
 
 
+def earlier_masks_that_differ_are_refused(rank):
+    model = network()
+    _, pruner = start(model, "magnitude")
+    for _ in range(2):
+        pruner.step()
+    if rank:  # what the next update would reach, so that nothing would be left to do here
+        tpe.prune_to(tpe.prunable_parameters(model), sparsities()[2])
+    snapshot, state = Snapshot(model), pruner.state_dict()
+    with pytest.raises(RuntimeError, match=r"masks would differ between ranks.*Nothing is pruned"):
+        pruner.step()
+    assert snapshot.differences() == []
+    assert pruner.state_dict() == state
+
+
 def a_group_of_its_own_needs_no_others(rank, alone):
     model = network()
     if rank:
@@ -149,6 +163,7 @@ def run(rank, world, init):
     scores_of_a_rank_s_own_data_are_refused(rank, None)
     scores_of_a_rank_s_own_data_are_refused(rank, dist.group.WORLD)
     an_error_on_one_rank_stops_all(rank)
+    earlier_masks_that_differ_are_refused(rank)
     a_group_of_its_own_needs_no_others(rank, alone)
     dist.barrier()
     dist.destroy_process_group()

@@ -236,18 +236,24 @@ class GradualPruner:
     def _reach(self, target: float) -> None:
         """Prune to ``target``, unless that is so already."""
         total, dead = self._count()
+        self._agree(dead)
         if dead == round(target * total) or (dead > target * total and not self.schedule.is_update(self._steps)):
             return  # before the first update, what was pruned elsewhere may be more
         with self._ranks.together():
             rest: Any = {"scope": self._scope, "min_keep": self._min_keep}
             masks = masks_to("GradualPruner", self._params, target, self._scores(), self._unit, **rest)
-        if self._ranks.size > 1 and not self._ranks.alike(digest(mask for _, _, mask in masks)):
+        if self._ranks.size > 1:  # counting all entries takes time
+            self._agree(digest(mask for _, _, mask in masks))
+        write_masks(masks, self._entry)
+
+    def _agree(self, number: int) -> None:
+        """Raise ``RuntimeError`` on all ranks unless all have the same ``number``, which tells of their masks."""
+        if not self._ranks.alike(number):
             raise RuntimeError(
                 "GradualPruner: the masks would differ between ranks, so weights, earlier masks or scores do. Train "
                 "replicas, average scores over the ranks (calibration.taylor(..., process_group=group)), or pass the "
                 "process_group of those that are replicas. Nothing is pruned."
             )
-        write_masks(masks, self._entry)
 
     def _scores(self) -> Criterion:
         """Return what is ranked now."""
