@@ -82,6 +82,7 @@ ORDER = [
     "_reordering",
     "permutation",
     "compensation.coroutines",
+    "compensation.attributes",
     "compensation.blocks",
     "compensation.batch_norm",
     "compensation.sources",

@@ -8,7 +8,7 @@ it went. Shares move towards the layers whose entries cost least, and all is don
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import floor, inf
+from math import floor, inf, isfinite
 from typing import Any
 
 import torch
@@ -268,7 +268,11 @@ class Search:
             between = _tables(found, [each.middle for each in tried])
             weights = [value for _, _, value in between]
             changes = [(n, each) for n, ends in enumerate(tried) for each in ends.change if each is not None]
+            count = 0
             for batch in run.batches(self.aside, ""):
+                if batch.mask is not None and not batch.mask.any():
+                    continue
+                count += 1
                 with torch.autocast(run.device.type, enabled=False):
                     with torch.no_grad():
                         with holding(self.task.reference):
@@ -280,10 +284,20 @@ class Search:
                 for (place, change), gradient in zip(changes, gradients, strict=True):
                     if gradient is not None:
                         rises[place] += float((gradient.double() * change).sum())
-        sums = torch.tensor([total, *rises, len(self.aside)], dtype=torch.float64, device="cpu")
-        total, *rises, count = Ranks(self.task.options.get("process_group")).sum(sums).tolist()
-        prices = [rise / max(ends.entries, 1) / count for rise, ends in zip(rises, tried, strict=True)]
-        return total / count, prices
+            if not all(map(isfinite, rises)):
+                raise ValueError(
+                    "the gradient of the output's error is NaN or infinity on the data kept aside. Check the data; NaN "
+                    "in samples that sample_mask leaves out gets into it too: put zeros there."
+                )
+        sums = torch.tensor([total, *rises, count], dtype=torch.float64, device="cpu")
+        total, *rises, all_counts = Ranks(self.task.options.get("process_group")).sum(sums).tolist()
+        if not all_counts:
+            raise ValueError(
+                f"allocation='auto' keeps one of {ASIDE} batches aside, from the first on, and sample_mask leaves out "
+                "all samples of these. Pass batches that hold some that count."
+            )
+        prices = [rise / max(ends.entries, 1) / all_counts for rise, ends in zip(rises, tried, strict=True)]
+        return total / all_counts, prices
 
 
 def _tables(found: Sequence[Fitted], values: Sequence[Solution]) -> list[tuple[dict[str, Any], str, nn.Parameter]]:

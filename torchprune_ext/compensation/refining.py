@@ -1,6 +1,7 @@
 """Fit what survived of whole blocks, or of the whole model, to the reference model's outputs by gradient steps."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def refine(
     reference = _completed(reference_tables(model, [t for held in everything for t in held.listed], dense), fitted)
     raw = taken(loader, options)
     quiet: Options = {**options, "progress": False}  # the bar counts blocks or epochs
-    with calibrating(model, None, quiet) as run, standing_in(everything) as free:
+    with calibrating(model, None, quiet) as run, standing_in(everything) as free, _no_old_casts():
         batches = list(run.batches(raw, ""))
         for batch in batches:
             check_mask(batch.mask, batch.size)
@@ -163,6 +164,18 @@ def _check(
             )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("model is wrapped for several processes. Pass the model inside, model.module.")
+
+
+@contextmanager
+def _no_old_casts() -> Iterator[None]:
+    """Let autocast cast parameters anew each time, as they change while the caller's autocast lasts."""
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _split(batches: Sequence[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:
