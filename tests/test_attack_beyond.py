@@ -1,5 +1,7 @@
 """What models keep on themselves, and the caller's autocast, must not change what whole-model calls find."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -217,3 +219,26 @@ def test_batches_kept_aside_that_do_not_count_are_passed_over() -> None:
     params = tpe.prunable_parameters(model)
     with pytest.raises(ValueError, match="keeps one of"):
         tpe.prune_and_compensate(model, data, params, target_sparsity=0.5, allocation="auto", **OPTIONS)
+
+
+@dataclass
+class Out:
+    """What some models return."""
+
+    logits: Tensor
+
+
+class Returning(nn.Sequential):
+    def forward(self, x: Tensor) -> Out:
+        return Out(super().forward(x))
+
+
+def test_shares_by_output_read_a_dataclass() -> None:
+    rounds = []
+    for kind in (nn.Sequential, Returning):
+        torch.manual_seed(0)
+        model = kind(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        data, params = list(torch.randn(64, 8).split(16)), tpe.prunable_parameters(model)
+        fits = tpe.prune_and_compensate(model, data, params, target_sparsity=0.5, allocation="auto", progress=False)
+        rounds.append(fits.rounds)
+    assert rounds[0] == rounds[1]

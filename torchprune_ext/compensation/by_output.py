@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprune_ext._batches import Batch, leaves
+from torchprune_ext._batches import Batch
 from torchprune_ext._layers import Layer, Solution
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._runs import Run, calibrating, wide
 from torchprune_ext._statistics import Key
+from torchprune_ext.compensation.block_outputs import tensors_of
 from torchprune_ext.compensation.fitting import Decide, Fitted, Task
 from torchprune_ext.compensation.solvers import Problem, refit, wanda_scores
 from torchprune_ext.compensation.streams import holding
@@ -327,9 +328,7 @@ def _gradients(error: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor | No
 def _outputs(run: Run, batch: Batch) -> list[Tensor]:
     """Return the floating-point tensors of what the model gives, without what the batch's mask leaves out."""
     found, mask = [], batch.mask
-    for each in leaves(run.output(batch.inputs)):
-        if not each.is_floating_point():
-            continue
+    for each in tensors_of(run.output(batch.inputs)):
         if mask is not None and each.shape[: mask.dim()] == mask.shape:
             each = each[mask.to(each.device)]
         found.append(each.to(wide(each.dtype)))
