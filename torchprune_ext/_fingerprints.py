@@ -40,6 +40,11 @@ class Fingerprint:
     @classmethod
     def of(cls, tensor: Tensor) -> "Fingerprint":
         """Take the fingerprint of a floating-point tensor, on its device."""
+        with torch.autocast(tensor.device.type, enabled=False):  # else products would be in half precision
+            return cls._of(tensor)
+
+    @classmethod
+    def _of(cls, tensor: Tensor) -> "Fingerprint":
         flat = tensor.detach().reshape(-1)
         wide = torch.promote_types(flat.dtype, torch.float32)
         directions = _directions().to(flat.device, wide)

@@ -23,11 +23,11 @@ from torchprune_ext._loading import Options, PassOptions, taken, with_progress, 
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._rows import find_sample_axes
 from torchprune_ext._runs import Run, calibrating, refuse_lazy, wide
+from torchprune_ext.compensation.attributes import Attributes
 from torchprune_ext.compensation.blocks import OTHER_WAY, side_by_side
 from torchprune_ext.compensation.coroutines import Call, hand_out
 
 Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
-GONE = object()
 
 
 def recalibrate_bn(model: nn.Module, loader: Iterable[Any], **options: Unpack[PassOptions]) -> None:
@@ -133,7 +133,7 @@ class _Pass:
         }
         self.found: Statistics = {}
         self.axes: dict[nn.Module, list[int]] = {}
-        self.attributes = Attributes(run.model)
+        self.attributes = Attributes(run, but=layers)
 
     def over(self, batches: Sequence[Batch], bar: Iterable[Any]) -> Statistics:
         """Return mean and variance of each layer that the batches reach; ``bar`` counts the layers."""
@@ -146,9 +146,12 @@ class _Pass:
         with side_by_side(self.run, list(self.layers), batches, self.run.device.type, self.offload) as (each, blocks):
             calls = [call for [call] in each]
             with self._stopping(), blocks.standing_in():
-                for _ in chain(bar, repeat(None)):
-                    if not self._next(calls, batches):
-                        return self.found
+                try:
+                    for _ in chain(bar, repeat(None)):
+                        if not self._next(calls, batches):
+                            break
+                finally:
+                    self.attributes.put()
         return self.found
 
     @contextmanager
@@ -168,7 +171,7 @@ class _Pass:
         """Let all batches go on to the next layer and set it; return False if they have come to the end instead."""
         ranks = self.run.ranks
         with ranks.together():
-            stops: list[tuple[nn.Module, Tensor] | None] = [self.attributes.resume(call) for call in calls]
+            stops: list[tuple[nn.Module, Tensor] | None] = [self._resume(call) for call in calls]
             layer = None if stops[0] is None else stops[0][0]
             if {None if stop is None else stop[0] for stop in stops} != {layer}:
                 raise ValueError(OTHER_WAY)
@@ -183,6 +186,11 @@ class _Pass:
             return False
         self._set(layer, _Moments.total(moments, ranks))
         return True
+
+    def _resume(self, call: Call) -> tuple[nn.Module, Tensor] | None:
+        with self.attributes.of(call):
+            stop: tuple[nn.Module, Tensor] | None = call.resume()
+        return stop
 
     def _moments(self, layer: nn.Module, x: Tensor, batch: Batch) -> "_Moments":
         """Return the moments of the rows of ``x``, shape ``(samples, channels, *positions)``, that count."""
@@ -243,35 +251,3 @@ class _Moments:
         mean = ranks.sum(torch.stack([one.count * one.mean for one in each]).sum(0)) / max(count, 1)
         squares = [one.squares + one.count * (one.mean - mean).square() for one in each]
         return cls(count, mean, ranks.sum(torch.stack(squares).sum(0)))
-
-
-class Attributes:
-    """What modules keep on themselves while a batch goes through, so that batches that take turns do not mix.
-
-    Args:
-        model: the model, before any call.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.tables = [vars(module) for module in model.modules()]
-        self.before = [dict(table) for table in self.tables]
-        self.changing: set[tuple[int, str]] = set()
-        self.held: dict[Call, dict[tuple[int, str], Any]] = {}
-
-    def resume(self, call: Call) -> Any:
-        """Let ``call`` go on, with the attributes that modules had when it stopped."""
-        held = self.held.get(call, {})
-        for place, key in self.changing:
-            value = held.get((place, key), self.before[place].get(key, GONE))
-            if value is GONE:
-                self.tables[place].pop(key, None)
-            else:
-                self.tables[place][key] = value
-        stop = call.resume()
-        for place, (table, before) in enumerate(zip(self.tables, self.before, strict=True)):
-            self.changing |= {
-                (place, key) for key, value in table.items() if value is not before.get(key, GONE) and key != "forward"
-            }
-        if not call.restarts:
-            self.held[call] = {(place, key): self.tables[place].get(key, GONE) for place, key in self.changing}
-        return stop

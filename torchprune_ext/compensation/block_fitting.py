@@ -18,7 +18,7 @@ from torchprune_ext._batches import Batch
 from torchprune_ext._loading import with_progress
 from torchprune_ext._runs import Run
 from torchprune_ext._tables import table
-from torchprune_ext.compensation.batch_norm import Attributes
+from torchprune_ext.compensation.attributes import Attributes
 from torchprune_ext.compensation.block_outputs import (
     Blocks,
     Calls,
@@ -116,6 +116,7 @@ class Task:
         for module in run.model.modules():
             if "_compiled_call_impl" in vars(module):
                 vars(module)["_compiled_call_impl"] = None  # of module.compile(); put back with all else
+        self.attributes = Attributes(run)
         self.calls = Calls(run, {})
         self.distances: list[Distance] = []  # of the blocks, and behind them of the model
         self.fit: list[Batch] = []
@@ -138,7 +139,7 @@ class Task:
         self.fit, self.aside = fit, aside
         inputs = fit[0].inputs
         self.calls = Calls(self.run, blocks)
-        once = self.calls.outputs(inputs, arguments=sequence)
+        once = self.calls.outputs(inputs, self.attributes if sequence else None)
         several = {self.calls.blocks[block]: len(seen) for block, seen in self.calls.seen.items() if len(seen) != 1}
         if several and found:
             self.calls = Calls(self.run, {})
@@ -168,19 +169,22 @@ class Task:
         losses = [*[None] * len(self.calls.inner), self.loss]
         self.distances = [Distance(*each) for each in zip(names, axes, losses, strict=True)]
 
-    def _refuse_memory(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _refuse_memory(self, block: nn.Module, args: Any, kwargs: Any, state: Any, output: Any) -> None:
         """Refuse a block that cannot be called again and again with the same arguments, forwards and backwards."""
         free, error = [each.parameter for each in self.free.values()], None
         again = [output]
         try:
             with torch.enable_grad():
                 for _ in range(2):
+                    self.attributes.put(state)
                     again.append(block.forward(*copied(args), **copied(kwargs)))
                     total = sum(tensor.sum() for tensor in tensors_of(again[-1]))
                     if isinstance(total, Tensor) and total.requires_grad:
                         torch.autograd.grad(total, free, allow_unused=True)
         except (RuntimeError, IndexError, ValueError) as raised:
             error = raised
+        finally:
+            self.attributes.put()
         if error is not None or not all(same(output, each) for each in again):
             raise ValueError(
                 f"{self.calls.blocks[block]} gives another output, or fails, when it is called again with the same "
@@ -243,7 +247,6 @@ class Task:
         start = [(free, free.parameter.detach().clone()) for free in self.free.values()]
         batches = [*self.fit, *self.aside]
         device = self.run.device.type
-        attributes = Attributes(self.run.model)
         bar = with_progress(self.calls.inner, "refine", None, self.recipe.progress)
         steps = iter(bar)
         works = [partial(self._to_the_end, batch.inputs) for batch in batches]
@@ -252,18 +255,19 @@ class Task:
         try:
             with instead_of_forward(self.calls.inner, self._reach):
                 while len(done) < len(self.calls.inner):
-                    stops = [self._resume(attributes, *each) for each in calls]
+                    stops = [self._resume(*each) for each in calls]
                     block = self._common(stops, done)
-                    done[block] = self._fit_block(block, stops, bar)
+                    done[block] = self._fit_block(block, stops, [fitted for _, fitted in calls], bar)
                     next(steps, None)
                 for call in calls[: len(self.fit)]:
                     for each in call:
                         each.close()
-                ends = [self._resume(attributes, *each) for each in calls[len(self.fit) :]]
+                ends = [self._resume(*each) for each in calls[len(self.fit) :]]
         finally:
             for call in calls:
                 for each in call:
                     each.close()
+            self.attributes.put()
         next(steps, None)
         after = measured(
             [(counted(batch), self._ended(batch, *stops)) for batch, stops in zip(self.aside, ends, strict=True)]
@@ -295,13 +299,15 @@ class Task:
         _stop_at(block, (forward, args, kwargs))
         return forward(*args, **kwargs)
 
-    def _resume(self, attributes: Attributes, dense: Coroutine, fitted: Coroutine) -> tuple[Stop, Stop]:
+    def _resume(self, dense: Coroutine, fitted: Coroutine) -> tuple[Stop, Stop]:
         """Let both calls of a batch go on to the next block, and return where they stop."""
         self.dense = True
-        with holding(self.reference):
-            other: Stop = attributes.resume(dense)
+        with self.attributes.of(dense), holding(self.reference):
+            other: Stop = dense.resume()
         self.dense = False
-        return other, attributes.resume(fitted)
+        with self.attributes.of(fitted):
+            mine: Stop = fitted.resume()
+        return other, mine
 
     def _common(self, stops: Sequence[tuple[Stop, Stop]], done: Mapping[nn.Module, Descent]) -> nn.Module:
         """Return the block at which all calls have stopped."""
@@ -314,21 +320,29 @@ class Task:
             )
         return block
 
-    def _fit_block(self, block: nn.Module, stops: Sequence[tuple[Stop, Stop]], bar: Iterable[Any]) -> Descent:
+    def _fit_block(
+        self,
+        block: nn.Module,
+        stops: Sequence[tuple[Stop, Stop]],
+        calls: Sequence[Coroutine],
+        bar: Iterable[Any],
+    ) -> Descent:
         """Fit ``block`` to what the reference's gave at ``stops``, one for each batch."""
         compare = self.distances[self.calls.inner.index(block)]
         inside = set(block.modules())
         free = [each for held, each in self.free.items() if held.modules <= inside]
 
-        def parts_of(batch: Batch, dense: Stop, fitted: Stop) -> Parts:
+        def parts_of(batch: Batch, dense: Stop, fitted: Stop, call: Coroutine) -> Parts:
             (_, target), (_, (forward, args, kwargs)) = dense, fitted
 
             def parts() -> Tensor:
+                self.attributes.put(self.attributes.held.get(call))
                 return compare(forward(*copied(args), **copied(kwargs)), target, batch).reshape(1)
 
             return parts
 
-        each = [parts_of(batch, *pair) for batch, pair in zip([*self.fit, *self.aside], stops, strict=True)]
+        batches = [*self.fit, *self.aside]
+        each = [parts_of(batch, *pair, call) for batch, pair, call in zip(batches, stops, calls, strict=True)]
         aside = [(counted(batch), parts) for batch, parts in zip(self.aside, each[len(self.fit) :], strict=True)]
         if not free:
             now = measured(aside)

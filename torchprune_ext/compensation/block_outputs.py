@@ -14,6 +14,7 @@ from torchprune_ext._batches import Batch, leaves, mask_rows, tree_map
 from torchprune_ext._host import pruned
 from torchprune_ext._rows import MIXED, sample_axis, seen
 from torchprune_ext._runs import Run, check_shape, wide
+from torchprune_ext.compensation.attributes import Attributes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Blocks = dict[nn.Module, str]  # each with how it is called
@@ -106,24 +107,27 @@ class Calls:
     def __init__(self, run: Run, blocks: Blocks) -> None:
         self.run, self.blocks = run, blocks
         self.inner = [block for block in blocks if block is not run.model]
-        self.seen: dict[nn.Module, list[tuple[Any, Any, Any]]] = {}
+        self.seen: dict[nn.Module, list[tuple[Any, ...]]] = {}
 
-    def outputs(self, inputs: Any, *, arguments: bool = False) -> list[Any]:
+    def outputs(self, inputs: Any, attributes: Attributes | None = None) -> list[Any]:
         """Return copies of the last output of each block, and the model's own behind them.
 
-        With ``arguments``, what each block was called with, call by call, then stands in ``seen``.
+        With ``attributes``, what each block was called with, and what modules kept then, stands in ``seen`` by calls.
         """
         self.seen = {block: [] for block in self.inner}
 
         def look(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            given = copied((args, kwargs)) if arguments else ((), {})
+            given: tuple[Any, ...] = ()
+            if attributes is not None:
+                attributes.look()
+                given = *copied((args, kwargs)), attributes.now()
             output = forward(*args, **kwargs)
             self.seen[block].append((*given, copied(output)))  # what follows may write into it
             return output
 
         with instead_of_forward(self.inner, look):
             whole = self.run.output(inputs)
-        return [*(self.seen[block][-1][2] if self.seen[block] else None for block in self.inner), whole]
+        return [*(self.seen[block][-1][-1] if self.seen[block] else None for block in self.inner), whole]
 
 
 def copied(tree: Any) -> Any:

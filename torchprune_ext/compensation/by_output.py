@@ -8,17 +8,18 @@ it went. Shares move towards the layers whose entries cost least, and all is don
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import floor, inf
+from math import floor, inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchprune_ext._batches import Batch, leaves
+from torchprune_ext._batches import Batch
 from torchprune_ext._layers import Layer, Solution
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._runs import Run, calibrating, wide
 from torchprune_ext._statistics import Key
+from torchprune_ext.compensation.block_outputs import tensors_of
 from torchprune_ext.compensation.fitting import Decide, Fitted, Task
 from torchprune_ext.compensation.solvers import Problem, refit, wanda_scores
 from torchprune_ext.compensation.streams import holding
@@ -268,7 +269,11 @@ class Search:
             between = _tables(found, [each.middle for each in tried])
             weights = [value for _, _, value in between]
             changes = [(n, each) for n, ends in enumerate(tried) for each in ends.change if each is not None]
+            count = 0
             for batch in run.batches(self.aside, ""):
+                if batch.mask is not None and not batch.mask.any():
+                    continue
+                count += 1
                 with torch.autocast(run.device.type, enabled=False):
                     with torch.no_grad():
                         with holding(self.task.reference):
@@ -280,10 +285,20 @@ class Search:
                 for (place, change), gradient in zip(changes, gradients, strict=True):
                     if gradient is not None:
                         rises[place] += float((gradient.double() * change).sum())
-        sums = torch.tensor([total, *rises, len(self.aside)], dtype=torch.float64, device="cpu")
-        total, *rises, count = Ranks(self.task.options.get("process_group")).sum(sums).tolist()
-        prices = [rise / max(ends.entries, 1) / count for rise, ends in zip(rises, tried, strict=True)]
-        return total / count, prices
+            if not all(map(isfinite, rises)):
+                raise ValueError(
+                    "the gradient of the output's error is NaN or infinity on the data kept aside. Check the data; NaN "
+                    "in samples that sample_mask leaves out gets into it too: put zeros there."
+                )
+        sums = torch.tensor([total, *rises, count], dtype=torch.float64, device="cpu")
+        total, *rises, all_counts = Ranks(self.task.options.get("process_group")).sum(sums).tolist()
+        if not all_counts:
+            raise ValueError(
+                f"allocation='auto' keeps one of {ASIDE} batches aside, from the first on, and sample_mask leaves out "
+                "all samples of these. Pass batches that hold some that count."
+            )
+        prices = [rise / max(ends.entries, 1) / all_counts for rise, ends in zip(rises, tried, strict=True)]
+        return total / all_counts, prices
 
 
 def _tables(found: Sequence[Fitted], values: Sequence[Solution]) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
@@ -313,9 +328,7 @@ def _gradients(error: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor | No
 def _outputs(run: Run, batch: Batch) -> list[Tensor]:
     """Return the floating-point tensors of what the model gives, without what the batch's mask leaves out."""
     found, mask = [], batch.mask
-    for each in leaves(run.output(batch.inputs)):
-        if not each.is_floating_point():
-            continue
+    for each in tensors_of(run.output(batch.inputs)):
         if mask is not None and each.shape[: mask.dim()] == mask.shape:
             each = each[mask.to(each.device)]
         found.append(each.to(wide(each.dtype)))

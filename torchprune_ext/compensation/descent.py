@@ -86,7 +86,8 @@ def descend(
 
     Raises:
         TypeError: ``make_optimizer`` gives something else.
-        ValueError: its optimizer holds none of the tensors, or others; or an error is not finite before the first step.
+        ValueError: its optimizer holds none of the tensors, or others; or an error, or its gradient, is not finite with
+            the values that were there.
     """
     optimizer = _checked(make_optimizer, [each.master for each in free])
     start = best = measured(kept_aside)
@@ -95,7 +96,7 @@ def descend(
             "the model or the reference model gives NaN or infinity on the batches kept aside. Check the data and the "
             "weights."
         )
-    kept = [each.master.detach().clone() for each in free]
+    first = kept = [each.master.detach().clone() for each in free]
     rates = _rates(optimizer, epochs * len(steps))
     found, last, rises, epoch = 0, _mean(start), 0, 0
     for epoch in range(1, epochs + 1):
@@ -105,6 +106,9 @@ def descend(
                 next(rates)
                 _step(optimizer, free, steps[place])
         except _DivergedError:
+            for each, values in zip(free, first, strict=True):
+                each.write(values)
+            _refuse_data(free, steps[place])
             break
         now = measured(kept_aside)
         tell(_mean(now))
@@ -119,7 +123,7 @@ def descend(
 
 
 class _DivergedError(Exception):
-    """The error that is to go down is no longer finite."""
+    """The error that is to go down, or its gradient, is not finite."""
 
 
 def _step(optimizer: Optimizer, free: Sequence[Free], parts: Parts) -> None:
@@ -128,10 +132,7 @@ def _step(optimizer: Optimizer, free: Sequence[Free], parts: Parts) -> None:
     def closure() -> Tensor:
         for each in free:
             each.write()
-        error = parts().mean()
-        if not error.isfinite():
-            raise _DivergedError
-        found = torch.autograd.grad(error, [each.parameter for each in free], allow_unused=True)
+        error, found = _differentiated(free, parts)
         for each, gradient in zip(free, found, strict=True):
             if gradient is not None and each.dead is not None:
                 gradient = gradient.masked_fill(each.dead, 0)
@@ -141,6 +142,30 @@ def _step(optimizer: Optimizer, free: Sequence[Free], parts: Parts) -> None:
     optimizer.step(closure)  # type: ignore[arg-type]
     for each in free:
         each.write()
+
+
+def _differentiated(free: Sequence[Free], parts: Parts) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Return an error and its gradients; raise :class:`_DivergedError` if they are not finite."""
+    error = parts().mean()
+    if not error.isfinite():
+        raise _DivergedError
+    found = torch.autograd.grad(error, [each.parameter for each in free], allow_unused=True)
+    if not all(gradient is None or gradient.isfinite().all() for gradient in found):
+        raise _DivergedError
+    return error, found
+
+
+def _refuse_data(free: Sequence[Free], parts: Parts) -> None:
+    """Raise ``ValueError`` if an error or its gradients are not finite before any step."""
+    try:
+        with torch.enable_grad():
+            _differentiated(free, parts)
+    except _DivergedError:
+        raise ValueError(
+            "what the model or the reference model gives for a batch is NaN or infinity, or the gradient of its error "
+            "is. Check the data and the weights. NaN in samples that sample_mask leaves out gets into the gradient "
+            "too: put zeros there."
+        ) from None
 
 
 def _rates(optimizer: Optimizer, steps: int) -> Iterator[float]:

@@ -1,6 +1,7 @@
 """Fit what survived of whole blocks, or of the whole model, to the reference model's outputs by gradient steps."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def refine(
         with errors_about("held_out"):
             others = taken(held_out, {**options, "max_batches": None})
     quiet: Options = {**options, "progress": False}  # the bar counts blocks or epochs
-    with calibrating(model, None, quiet) as run, standing_in(everything) as free:
+    with calibrating(model, None, quiet) as run, standing_in(everything) as free, _no_old_casts():
         batches, aside = (
             [_checked(batch) for batch in run.batches(each, "")] if each else [] for each in (raw, others)
         )
@@ -181,6 +182,18 @@ def _checked(batch: Batch) -> Batch:
     """Return ``batch``, with a mask that fits it."""
     check_mask(batch.mask, batch.size)
     return batch
+
+
+@contextmanager
+def _no_old_casts() -> Iterator[None]:
+    """Let autocast cast parameters anew each time, as they change while the caller's autocast lasts."""
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _split(batches: Sequence[Batch], held_out: float) -> tuple[list[Batch], list[Batch]]:

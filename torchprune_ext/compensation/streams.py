@@ -28,6 +28,7 @@ from torchprune_ext._checks import leave_out
 from torchprune_ext._layers import Layer, Multiply, Solution
 from torchprune_ext._rows import MIXED, Seen, sample_axis, seen
 from torchprune_ext._runs import Run
+from torchprune_ext.compensation.attributes import Attributes
 from torchprune_ext.compensation.blocks import OTHER_WAY, side_by_side
 from torchprune_ext.compensation.coroutines import Call, hand_out
 from torchprune_ext.compensation.solvers import Moments
@@ -58,8 +59,7 @@ class Pass:
         self.solved: dict[Layer, Solution] = {}
         self.axes: dict[Layer, int] = {}  # on which the samples stand in each layer's input, if that matters
         self.dense = False  # whether it is the reference that runs
-        self.kept: list[tuple[dict[str, Any], str]] = []  # where modules keep tensors while a batch goes through
-        self.held: dict[Call, list[Any]] = {}
+        self.attributes = Attributes(run)
         self.followed: set[Layer] = set()  # whose input the next layer gets too, in the rehearsal
         self.before: Moments | None = None  # of the last layer, if it is one of these
 
@@ -77,8 +77,11 @@ class Pass:
                 blocks.standing_in(),
                 torch.autocast(device, enabled=False),
             ):
-                while self._next(calls, batches):
-                    pass
+                try:
+                    while self._next(calls, batches):
+                        pass
+                finally:
+                    self.attributes.put()
 
     def _next(self, calls: Sequence[Sequence[Call]], batches: Sequence[Batch]) -> bool:
         """Let all batches go on to the next layer and solve it; return False if they have come to the end instead."""
@@ -113,12 +116,8 @@ class Pass:
     def _resume(self, call: Call, *, dense: bool) -> tuple[Layer, Tensor] | None:
         """Let ``call`` go on, as the reference if ``dense``, with the tensors that modules held when it stopped."""
         self.dense = dense
-        for (table, key), value in zip(self.kept, self.held.get(call, ()), strict=False):
-            table[key] = value
-        with holding(self.reference) if dense else nullcontext():
+        with self.attributes.of(call, watch=False), holding(self.reference) if dense else nullcontext():
             stop: tuple[Layer, Tensor] | None = call.resume()
-        if not call.restarts:
-            self.held[call] = [table.get(key) for table, key in self.kept]
         return stop
 
     def _reach(self, layer: Layer, x: Tensor, multiply: Multiply) -> Tensor:
@@ -147,7 +146,6 @@ class Pass:
 
     def _rehearse(self, batch: Batch, *, sample_axes: bool) -> None:
         """See what reaches the layers, and refuse what a pass would get wrong."""
-        before = [(vars(module), dict(vars(module))) for module in self.run.model.modules()]
         once = self._seen(batch.inputs)
         for layer in self.layers:
             if layer not in once:
@@ -155,9 +153,6 @@ class Pass:
                     f"params holds {layer.label}, whose module is never called on this data, as an expert that no "
                     f"token is routed to, or as when its parent reads the weight. {leave_out(layer.label)}."
                 )
-        for table, old in before:
-            changed = [key for key, value in table.items() if isinstance(value, Tensor) and value is not old.get(key)]
-            self.kept += [(table, key) for key in changed]
         again = self._seen(batch.inputs)
         for layer, (shape, rows) in once.items():
             other = again.get(layer, Seen(torch.Size(), rows))
@@ -204,11 +199,13 @@ class Pass:
                 with torch.autocast(x.device.type, enabled=False):
                     layer.check(x)
             found[layer] = seen(x)
+            self.attributes.look()
             sources.append((layer, Source.of(x.detach(), *layer.use())))
             return y
 
         with self._instead_of_products(look):
             self.run.output(inputs)
+        self.attributes.look()
         pairs = pairwise(sources)
         self.followed = {layer for (layer, source), (_, other) in pairs if source is not None and source.same(other)}
         return found
