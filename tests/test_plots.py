@@ -467,3 +467,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     for draw in (lambda: mask_image(torch.eye(2)), lambda: density_bars(network())):
         with pytest.raises(ImportError, match=r"matplotlib is not installed: pip install torchprune-ext\[plots\]"):
             draw()
+
+
+def test_pictures_are_there_under_the_name_that_users_write():
+    assert tpe.plots.mask_image is mask_image

@@ -1,6 +1,6 @@
 """Pruning methods that ``torch.nn.utils.prune`` does not have, in its own calls, hooks, buffers and containers."""
 
-from torchprune_ext import calibration, criteria, masks, patterns, schedules, selection
+from torchprune_ext import calibration, criteria, masks, patterns, plots, schedules, selection
 from torchprune_ext.compensation import (
     DenseValues,
     Fit,
@@ -143,6 +143,7 @@ __all__ = [
     "patterns",
     "permute_for_nm",
     "plan",
+    "plots",
     "prunable_parameters",
     "prune_and_compensate",
     "prune_in_rounds",
