@@ -80,11 +80,27 @@ def divergence(logits: Tensor, dense: Tensor) -> Tensor:
 
 
 def refined(model: nn.Module, data: Data, params: Params, goal: Goal) -> object:
-    """Choose by splitting, re-fit, and fit all that is left to the dense model's next tokens."""
-    dense = copy.deepcopy(model)
-    fitted("admm")(model, data, params, goal)
-    few = [{**batch, "input_ids": part} for batch in data for part in batch["input_ids"].split(REFINED)]
-    return tpe.refine(model, few, [model], dense=dense, epochs=EPOCHS, optimizer=adam, loss=divergence, progress=False)
+    """Choose by splitting, re-fit, and fit all that is left to the dense model's next tokens.
+
+    The last eighth of the data is kept from both: what has been fitted to does not tell what gets better elsewhere.
+    """
+    dense, seen = copy.deepcopy(model), max(len(data) * 7 // 8, 1)
+    fitted("admm")(model, data[:seen], params, goal)
+    few, others = (
+        [{**batch, "input_ids": part} for batch in part_of for part in batch["input_ids"].split(REFINED)]
+        for part_of in (data[:seen], data[seen:] or data)
+    )
+    return tpe.refine(
+        model,
+        few,
+        [model],
+        dense=dense,
+        epochs=EPOCHS,
+        held_out=others,
+        optimizer=adam,
+        loss=divergence,
+        progress=False,
+    )
 
 
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
