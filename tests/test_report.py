@@ -641,10 +641,10 @@ def test_refusals(arguments, error, words):
         tpe.report(model, inputs, **(options or {}))
 
 
-def test_a_thousand_layers_are_read_in_a_second():
+def test_a_thousand_layers_are_read_in_seconds():
     mask = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.1
     layers = [prune.custom_from_mask(nn.Linear(64, 64), "weight", mask) for _ in range(1000)]
     model = nn.Sequential(*layers)
     start = time.process_time()  # of this process, whatever else the machine does
     assert len(tpe.report(model)) == 2000
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5  # 0.7 where nothing else runs; quadratic code would take minutes

@@ -154,13 +154,13 @@ def test_the_model_around_the_kernels_is_right(dtype):
     fast = tpe.to_semi_structured(model, example_inputs=torch.ones(16, 64, dtype=dtype))
     assert snapshot.differences() == []
     assert [type(layer).__name__ for layer in fast] == ["SemiStructuredLinear", "ReLU", "Linear"]
+    near = {"rtol": 0.0, "atol": 16 * torch.finfo(dtype).eps}  # rows are padded, so sums may run in another order
     with torch.inference_mode():
         for shape in [(64,), (0, 64), (3, 64), (2, 0, 64), (2, 3, 64)]:
             x = torch.randn(shape, dtype=dtype)
-            assert torch.equal(fast(x), model(x))
-            assert fast(x).shape == model(x).shape
+            torch.testing.assert_close(fast(x), model(x), **near)
         x = torch.randn(64, 5, dtype=dtype).t()
-        assert torch.equal(fast(x), model(x))
+        torch.testing.assert_close(fast(x), model(x), **near)
     fast.load_state_dict(tpe.dense_state_dict(model))
     nn.Linear(64, 128, dtype=dtype).load_state_dict(fast[0].state_dict())
     with pytest.raises(ValueError, match=r"input.shape=\(2, 32\) does not end in in_features=64"):

@@ -94,7 +94,10 @@ class Attributes:
         with torch.no_grad():
             for place in self.written:
                 tensor, value = self.tensors[place]
-                tensor.copy_(tensors.get(place, value))
+                value = tensors.get(place, value)
+                if tensor.shape != value.shape:
+                    tensor.resize_(value.shape)
+                tensor.copy_(value)
 
     @contextmanager
     def of(self, call: Call, *, watch: bool = True) -> Iterator[None]:
