@@ -2,7 +2,7 @@
 
 Prunes all five weights by magnitude, by Fisher information and by Gauss-Newton curvature, once with the chapter's
 sparsity for each layer and then with one threshold for the whole network; as they are, re-fitted, pruned and re-fitted
-in rounds, and refined after that. Then keeps 2 of 4. No labels are fitted to, but 5,000 training digits are seen:
+in rounds, and with ``--all`` refined after that. Then keeps 2 of 4. No labels are fitted to, but 5,000 training digits are seen:
 
     python examples/compensate_mnist.py --mnist DIR --checkpoint model.pt
 
@@ -173,27 +173,28 @@ def shared(task: Task, sparsity: float) -> str:
 # --- the tables -----------------------------------------------------------------------------------
 
 
-def table(task: Task) -> str:
-    """Return the accuracies of all criteria, goals and ways."""
+def table(task: Task, *, slow: bool) -> str:
+    """Return the accuracies of all criteria, goals and ways, the ``slow`` ways only where these are asked for."""
     goals: list[Goal] = [CHAPTER_AMOUNTS, *SPARSITIES]
     heads = "".join(f"{head:>18}" for head in ("per layer", *(f"{sparsity:.2%}" for sparsity in SPARSITIES)))
     lines = [f"{'':<28}{heads}"]
     slowest = 0.0
     for name, score in progress(CRITERIA.items(), "criteria"):
-        cells: dict[str, list[str]] = {"": [], ", compensated": [], ", in rounds": [], ", refined": []}
+        cells: dict[str, list[str]] = {"": [], ", compensated": [], ", in rounds": []}
         for goal in goals:
             plain, fitted = once(task, score, goal)
             best, model = in_rounds(task, score, goal)
-            last = refined(task, model)
             slowest = max(slowest, fitted.seconds)
             cells[""].append(f"{plain.test:.2f}")
             cells[", compensated"].append(f"{fitted.test:.2f}")
             cells[", in rounds"].append(f"{best.test:.2f} ({best.rounds}, {best.seconds:.0f} s)")
-            cells[", refined"].append(f"{last.test:.2f} ({last.seconds:.0f} s)")
+            if slow:
+                last = refined(task, model)
+                cells.setdefault(", refined", []).append(f"{last.test:.2f} ({last.seconds:.0f} s)")
         lines += [f"{name + way:<28}" + "".join(f"{cell:>18}" for cell in row) for way, row in cells.items()]
-    lines.append(
-        f"{'splitting, shares by output':<28}{'':>18}" + "".join(f"{shared(task, goal):>18}" for goal in SPARSITIES)
-    )
+    if slow:
+        cells_of = "".join(f"{shared(task, goal):>18}" for goal in SPARSITIES)
+        lines.append(f"{'splitting, shares by output':<28}{'':>18}{cells_of}")
     return "\n".join([*lines, f"\ncompensate() took at most {slowest:.1f} s"])
 
 
@@ -235,6 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="state dict of a trained LeNet; do not train")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
+    parser.add_argument("--all", action="store_true", help="the slow ways too: refined, and shares by output")
     return parser.parse_args()
 
 
@@ -257,7 +259,7 @@ def main(arguments: argparse.Namespace) -> None:
         f"Per layer: {amounts}. Otherwise that fraction of all entries of the five weights goes.\n"
         f"In brackets: rounds, the best of {ROUNDS} on {len(held_out):,} other training images, and seconds of all.\n"
     )
-    print(table(task))
+    print(table(task, slow=arguments.all))
     print(f"\n2 of 4 input features or channels of every layer:\n\n{two_of_four(task)}")
 
 
