@@ -2,7 +2,8 @@
 
 Prunes all five weights by magnitude, by Fisher information and by Gauss-Newton curvature, once with the chapter's
 sparsity for each layer and then with one threshold for the whole network; as they are, re-fitted, pruned and re-fitted
-in rounds, and with ``--all`` refined after that. Then keeps 2 of 4. No labels are fitted to, but 5,000 training digits are seen:
+in rounds, and with ``--all`` refined after that. Then keeps 2 of 4. No labels are fitted to, but 5,000 training digits
+are seen:
 
     python examples/compensate_mnist.py --mnist DIR --checkpoint model.pt
 
