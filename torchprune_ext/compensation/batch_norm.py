@@ -3,11 +3,8 @@
 Pruning changes what reaches a BatchNorm, but not the mean and variance by which it normalizes.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
@@ -24,7 +21,7 @@ from torchprune_ext._ranks import Ranks
 from torchprune_ext._rows import find_sample_axes
 from torchprune_ext._runs import Run, calibrating, refuse_lazy, wide
 from torchprune_ext.compensation.attributes import Attributes
-from torchprune_ext.compensation.blocks import OTHER_WAY, side_by_side
+from torchprune_ext.compensation.blocks import OTHER_WAY, replaced, side_by_side
 from torchprune_ext.compensation.coroutines import Call, hand_out
 
 Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
@@ -145,7 +142,7 @@ class _Pass:
                 self.axes = find_sample_axes(self.run, self.layers, masked[0], dict.fromkeys(self.layers, 0))
         with side_by_side(self.run, list(self.layers), batches, self.run.device.type, self.offload) as (each, blocks):
             calls = [call for [call] in each]
-            with self._stopping(), blocks.standing_in():
+            with replaced(self.layers, self._stop), blocks.standing_in():
                 try:
                     for _ in chain(bar, repeat(None)):
                         if not self._next(calls, batches):
@@ -154,18 +151,10 @@ class _Pass:
                     self.attributes.put()
         return self.found
 
-    @contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """Let each layer hand out its input before it normalizes that."""
-
-        def stop(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            hand_out(layer, [*args, *kwargs.values()][0].detach(), known=layer in self.found)
-            return forward(*args, **kwargs)
-
-        plain = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda function: function
-        for layer in self.layers:
-            vars(layer)["forward"] = plain(partial(stop, layer, layer.forward))
-        yield  # whoever has opened the model puts it back
+    def _stop(self, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let a layer hand out its input before it normalizes that."""
+        hand_out(layer, [*args, *kwargs.values()][0].detach(), known=layer in self.found)
+        return forward(*args, **kwargs)
 
     def _next(self, calls: Sequence[Call], batches: Sequence[Batch]) -> bool:
         """Let all batches go on to the next layer and set it; return False if they have come to the end instead."""

@@ -26,11 +26,11 @@ from torchprune_ext.compensation.block_outputs import (
     Loss,
     copied,
     counted,
-    instead_of_forward,
     same,
     sample_axes,
     tensors_of,
 )
+from torchprune_ext.compensation.blocks import replaced
 from torchprune_ext.compensation.coroutines import Coroutine, hand_out
 from torchprune_ext.compensation.descent import Descent, Free, MakeOptimizer, Parts, descend, measured
 from torchprune_ext.compensation.streams import Tables, holding
@@ -168,6 +168,7 @@ class Task:
             axes = sample_axes(self.calls, masked[0], self.calls.outputs(masked[0].inputs), names)
         losses = [*[None] * len(self.calls.inner), self.loss]
         self.distances = [Distance(*each) for each in zip(names, axes, losses, strict=True)]
+        self.distances[-1].remedy = "Wrap the model in one that gives what shall be compared."
 
     def _refuse_memory(self, block: nn.Module, args: Any, kwargs: Any, state: Any, output: Any) -> None:
         """Refuse a block that cannot be called again and again with the same arguments, forwards and backwards."""
@@ -253,7 +254,7 @@ class Task:
         calls = [(Coroutine(work, device), Coroutine(work, device)) for work in works]
         done: dict[nn.Module, Descent] = {}
         try:
-            with instead_of_forward(self.calls.inner, self._reach):
+            with replaced(self.calls.inner, self._reach):
                 while len(done) < len(self.calls.inner):
                     stops = [self._resume(*each) for each in calls]
                     block = self._common(stops, done)

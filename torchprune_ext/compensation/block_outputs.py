@@ -1,10 +1,8 @@
 """Blocks of a model: which there are, what they give, and how far that is from what they gave in another model."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torchprune_ext._host import pruned
 from torchprune_ext._rows import MIXED, sample_axis, seen
 from torchprune_ext._runs import Run, check_shape, wide
 from torchprune_ext.compensation.attributes import Attributes
+from torchprune_ext.compensation.blocks import replaced
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Blocks = dict[nn.Module, str]  # each with how it is called
@@ -80,22 +79,6 @@ def found_blocks(model: nn.Module) -> Blocks:
 # ------------------------------------------------------------------------------------------------------------- watching
 
 
-@contextmanager
-def instead_of_forward(blocks: Iterable[nn.Module], stand_in: Callable[..., Any]) -> Iterator[None]:
-    """Let ``stand_in(block, forward, *args, **kwargs)`` be called in place of each block's forward."""
-    before = [(block, vars(block).get("forward")) for block in blocks]
-    for block, _ in before:
-        vars(block)["forward"] = partial(stand_in, block, block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in before:
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                vars(block)["forward"] = forward
-
-
 class Calls:
     """What the blocks of a model give in one forward.
 
@@ -125,7 +108,7 @@ class Calls:
             self.seen[block].append((*given, copied(output)))  # what follows may write into it
             return output
 
-        with instead_of_forward(self.inner, look):
+        with replaced(self.inner, look):
             whole = self.run.output(inputs)
         return [*(self.seen[block][-1][-1] if self.seen[block] else None for block in self.inner), whole]
 
@@ -162,10 +145,18 @@ class Distance:
         where: how errors call the block.
         axes: on which axis samples stand in each of its tensors; None where all rows count.
         loss: from a tensor and that of the reference model to a number.
+        remedy: what errors advise where there is nothing to compare.
     """
 
-    def __init__(self, where: str, axes: Sequence[int] | None, loss: Loss | None = None) -> None:
-        self.where, self.axes, self.loss = where, axes, loss
+    def __init__(
+        self,
+        where: str,
+        axes: Sequence[int] | None,
+        loss: Loss | None = None,
+        *,
+        remedy: str = "Leave it out of blocks.",
+    ) -> None:
+        self.where, self.axes, self.loss, self.remedy = where, axes, loss, remedy
 
     def __call__(self, output: Any, dense: Any, batch: Batch) -> Tensor:
         """Return the mean error of all tensors of ``output``, over what counts of ``batch``."""
@@ -174,10 +165,10 @@ class Distance:
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"{self.where} gives tensors of shapes {shapes[0]}, but in the reference model {shapes[1]}, so they "
-                "cannot be compared. Leave it out of blocks."
+                f"cannot be compared. {self.remedy}"
             )
         if not mine:
-            raise ValueError(f"{self.where} gives no floating-point tensor to compare. Leave it out of blocks.")
+            raise ValueError(f"{self.where} gives no floating-point tensor to compare. {self.remedy}")
         errors = []
         for place, (a, b) in enumerate(zip(mine, others, strict=True)):
             if batch.mask is not None and self.axes is not None:

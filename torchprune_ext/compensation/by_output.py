@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torchprune_ext._batches import Batch
 from torchprune_ext._layers import Layer, Solution
 from torchprune_ext._ranks import Ranks
-from torchprune_ext._runs import Run, calibrating, wide
+from torchprune_ext._runs import Run, calibrating
 from torchprune_ext._statistics import Key
-from torchprune_ext.compensation.block_outputs import tensors_of
+from torchprune_ext.compensation.block_outputs import Calls, Distance, counted, sample_axes
 from torchprune_ext.compensation.fitting import Decide, Fitted, Task
 from torchprune_ext.compensation.solvers import Problem, refit, wanda_scores
 from torchprune_ext.compensation.streams import holding
@@ -135,9 +135,8 @@ def shares_by_output(
         decide: from the sparsity of each tensor to what a layer keeps.
 
     Raises:
-        TypeError: the model's output holds no floating-point tensor.
         ValueError: too few batches; more is pruned already, or less than one entry of each row would be left; or the
-            output is not finite or has no gradient.
+            output holds no floating-point tensor, is not finite or has no gradient.
     """
     with Ranks(task.options.get("process_group")).together():
         if len(task.batches) < 2:
@@ -269,19 +268,19 @@ class Search:
             between = _tables(found, [each.middle for each in tried])
             weights = [value for _, _, value in between]
             changes = [(n, each) for n, ends in enumerate(tried) for each in ends.change if each is not None]
-            count = 0
-            for batch in run.batches(self.aside, ""):
-                if batch.mask is not None and not batch.mask.any():
-                    continue
-                count += 1
+            batches = [batch for batch in run.batches(self.aside, "") if counted(batch)]
+            with torch.no_grad(), torch.autocast(run.device.type, enabled=False):
+                compare = _distance(run, batches)
+            for batch in batches:
                 with torch.autocast(run.device.type, enabled=False):
                     with torch.no_grad():
                         with holding(self.task.reference):
-                            dense = _outputs(run, batch)
+                            dense = run.output(batch.inputs)
                         with holding(pruned):
-                            total += float(_error(_outputs(run, batch), dense))
+                            total += float(_error(compare, run.output(batch.inputs), dense, batch))
                     with holding(between):
-                        gradients = _gradients(_error(_outputs(run, batch), dense), weights)
+                        error = _error(compare, run.output(batch.inputs), dense, batch)
+                        gradients = _gradients(error, weights)
                 for (place, change), gradient in zip(changes, gradients, strict=True):
                     if gradient is not None:
                         rises[place] += float((gradient.double() * change).sum())
@@ -290,7 +289,7 @@ class Search:
                     "the gradient of the output's error is NaN or infinity on the data kept aside. Check the data; NaN "
                     "in samples that sample_mask leaves out gets into it too: put zeros there."
                 )
-        sums = torch.tensor([total, *rises, count], dtype=torch.float64, device="cpu")
+        sums = torch.tensor([total, *rises, len(batches)], dtype=torch.float64, device="cpu")
         total, *rises, all_counts = Ranks(self.task.options.get("process_group")).sum(sums).tolist()
         if not all_counts:
             raise ValueError(
@@ -299,6 +298,16 @@ class Search:
             )
         prices = [rise / max(ends.entries, 1) / all_counts for rise, ends in zip(rises, tried, strict=True)]
         return total / all_counts, prices
+
+
+def _distance(run: Run, batches: Sequence[Batch]) -> Distance:
+    """Return what compares outputs of the model, over the rows that count."""
+    calls, name = Calls(run, {}), "the model"
+    masked = next((batch for batch in batches if batch.mask is not None), None)
+    axes = None if masked is None else sample_axes(calls, masked, calls.outputs(masked.inputs), [name])[0]
+    found = Distance(name, axes)
+    found.remedy = "Leave allocation='auto' out, or pass amounts as target_sparsity=."
+    return found
 
 
 def _tables(found: Sequence[Fitted], values: Sequence[Solution]) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
@@ -325,33 +334,9 @@ def _gradients(error: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor | No
     return torch.autograd.grad(error, weights, allow_unused=True)
 
 
-def _outputs(run: Run, batch: Batch) -> list[Tensor]:
-    """Return the floating-point tensors of what the model gives, without what the batch's mask leaves out."""
-    found, mask = [], batch.mask
-    for each in tensors_of(run.output(batch.inputs)):
-        if mask is not None and each.shape[: mask.dim()] == mask.shape:
-            each = each[mask.to(each.device)]
-        found.append(each.to(wide(each.dtype)))
-    if not any(each.numel() for each in found):
-        raise TypeError(
-            "allocation='auto' compares the model's outputs, but there is no floating-point tensor in them. Leave "
-            "allocation out, or pass amounts as target_sparsity=."
-        )
-    return found
-
-
-def _error(outputs: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
-    """Return the mean over the tensors of their squared error, relative to their variation."""
-    if [each.shape for each in outputs] != [each.shape for each in dense]:
-        raise ValueError(
-            "allocation='auto' compares the model's outputs, but when it is pruned they have other shapes. Leave "
-            "allocation out, or pass amounts as target_sparsity=."
-        )
-    parts = []
-    for one, other in zip(outputs, dense, strict=True):
-        variation = (other - other.mean()).square().sum()
-        parts.append((one - other).square().sum() / torch.where(variation > 0, variation, 1.0))
-    error = torch.stack(parts).mean()
+def _error(compare: Distance, output: Any, dense: Any, batch: Batch) -> Tensor:
+    """Return how far the output is from the dense model's, over what counts of ``batch``."""
+    error = compare(output, dense, batch)
     if not error.isfinite():
         raise ValueError(
             "the model's output holds NaN or infinity on the data kept aside, or squares beyond the range. Check the "

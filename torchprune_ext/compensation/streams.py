@@ -13,15 +13,14 @@ A rehearsal with the first batch refuses what the pass could only get wrong: lay
 inputs that are random or depend on the values of the data.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchprune_ext._batches import Batch, check_mask, mask_rows
 from torchprune_ext._checks import leave_out
@@ -29,7 +28,7 @@ from torchprune_ext._layers import Layer, Multiply, Solution
 from torchprune_ext._rows import MIXED, Seen, sample_axis, seen
 from torchprune_ext._runs import Run
 from torchprune_ext.compensation.attributes import Attributes
-from torchprune_ext.compensation.blocks import OTHER_WAY, side_by_side
+from torchprune_ext.compensation.blocks import OTHER_WAY, replaced, side_by_side
 from torchprune_ext.compensation.coroutines import Call, hand_out
 from torchprune_ext.compensation.solvers import Moments
 from torchprune_ext.compensation.sources import Source
@@ -130,17 +129,16 @@ class Pass:
         weight, bias = self.solved[layer]
         return multiply((weight, layer.bias if bias is None else bias))
 
-    @contextmanager
-    def _instead_of_products(self, stand_in: Callable[[Layer, Tensor, Multiply], Tensor]) -> Iterator[None]:
+    def _instead_of_products(
+        self, stand_in: Callable[[Layer, Tensor, Multiply], Tensor]
+    ) -> AbstractContextManager[None]:
         """Let ``stand_in(layer, x, multiply)`` be called in place of each layer's product."""
-        plain = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda function: function
-        for layer in self.layers:
-            layer.module.forward = plain(partial(layer.call, partial(stand_in, layer)))
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                vars(layer.module).pop("forward", None)
+        own = {layer.module: layer for layer in self.layers}
+
+        def call(module: nn.Module, _: object, *args: Any, **kwargs: Any) -> Any:
+            return own[module].call(partial(stand_in, own[module]), *args, **kwargs)
+
+        return replaced(own, call)
 
     # --- the rehearsal
 

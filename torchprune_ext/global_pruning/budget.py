@@ -20,6 +20,7 @@ from torchprune_ext._checks import (
     resolve_amount,
     warn,
 )
+from torchprune_ext._fingerprints import checksum
 from torchprune_ext._host import Target, as_one, install, targets_of, warn_of_zeros
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._restoring import all_or_nothing
@@ -27,7 +28,7 @@ from torchprune_ext._scoring import tied_at
 from torchprune_ext._statistics import Key, check_kind
 from torchprune_ext.masks import entry_mask
 from torchprune_ext.methods import GlobalPruning
-from torchprune_ext.selection import ALONE, CHUNK, Cut, Scores, keeps, select_with_floors
+from torchprune_ext.selection import ALONE, Cut, Scores, keeps, select_with_floors
 
 Params = Iterable[tuple[nn.Module, str]]
 PerParameter = Mapping[tuple[nn.Module, str], Tensor]
@@ -354,9 +355,4 @@ def listed_for(param: str, tensors: PerParameter, target: Target) -> Tensor:
 
 def digest(masks: Iterable[Tensor]) -> int:
     """Return a number that differs, in all likelihood, where any mask differs."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    total = torch.zeros((), dtype=torch.int64, device="cpu")
-    for mask in masks:
-        for chunk in (mask != 0).reshape(-1).cpu().split(CHUNK):
-            total += torch.randint(-(2**63), 2**63 - 1, chunk.shape, generator=generator, device="cpu")[chunk].sum()
-    return int(total)
+    return hash(tuple(checksum(mask != 0) for mask in masks))
