@@ -53,8 +53,8 @@ class Setting:
         tpe.nm_structured(self.layer, "weight", n, m)
         return tpe.compensate(self.layer, self.data, self.params, progress=False)
 
-    def splitting(self, pattern: tpe.NM | None) -> Fits:
-        """Let operator splitting choose, and re-fit."""
+    def admm(self, pattern: tpe.NM | None) -> Fits:
+        """Let ADMM, an operator splitting, choose, and re-fit."""
         goal: dict[str, Any] = {"target_sparsity": 0.5} if pattern is None else {"pattern": pattern}
         return tpe.prune_and_compensate(self.layer, self.data, self.params, progress=False, **goal)
 
@@ -68,7 +68,7 @@ class Setting:
         return {
             "SparseGPT": self.sparsegpt,
             "magnitude, compensated": self.magnitude,
-            "splitting, compensated": self.splitting,
+            "admm, compensated": self.admm,
         }
 
 
@@ -122,7 +122,7 @@ def parts_of_a_pass(sequences: int) -> dict[str, float]:
     data = [torch.randn(len(part), TOKENS, HIDDEN) @ mixing.t() for part in torch.arange(sequences).split(8)]
     params = tpe.prunable_parameters(model, types=nn.Linear)
     spent = dict.fromkeys(PARTS, 0.0)
-    Setting(64, 128).splitting(None)  # load what loads late
+    Setting(64, 128).admm(None)  # load what loads late
 
     def counting(key: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:

@@ -195,7 +195,7 @@ def table(task: Task, *, slow: bool) -> str:
         lines += [f"{name + way:<28}" + "".join(f"{cell:>18}" for cell in row) for way, row in cells.items()]
     if slow:
         cells_of = "".join(f"{shared(task, goal):>18}" for goal in SPARSITIES)
-        lines.append(f"{'splitting, shares by output':<28}{'':>18}{cells_of}")
+        lines.append(f"{'admm, shares by output':<28}{'':>18}{cells_of}")
     return "\n".join([*lines, f"\ncompensate() took at most {slowest:.1f} s"])
 
 

@@ -148,9 +148,9 @@ def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], 
         "magnitude, compensated": compensated(magnitude),
         "Wanda, compensated": fitted("wanda"),
         "OBS in 4 steps, compensated": fitted("obs", 4),
-        "splitting, compensated": fitted("admm"),
-        **({"splitting, shares by output": fitted("admm", allocation="auto")} if pattern is None else {}),
-        "splitting, refined": refined,
+        "admm, compensated": fitted("admm"),
+        **({"admm, shares by output": fitted("admm", allocation="auto")} if pattern is None else {}),
+        "admm, refined": refined,
     }
 
 

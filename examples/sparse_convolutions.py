@@ -1,7 +1,7 @@
 """Prune convolutions without training them, half of every row or 2 of 4, and see how often the answer stays the same.
 
 Two networks, both without labels: EfficientNet-Lite0 with its published weights, and a small residual network that is
-trained on digits here, which takes some seconds. Each is pruned by magnitude, and by splitting with a re-fit of what
+trained on digits here, which takes some seconds. Each is pruned by magnitude, and by ADMM with a re-fit of what
 survives; for 2:4 also with its channels in an order in which more is kept. The table tells how often the class is the
 one that the dense network names first, and how far the logits are off, relative to their variation.
 
@@ -123,7 +123,7 @@ def by_splitting(case: Case, params: Params, pattern: tpe.NM | None) -> None:
     )
 
 
-WAYS = {"magnitude": by_magnitude, "splitting, re-fitted": by_splitting}
+WAYS = {"magnitude": by_magnitude, "admm, re-fitted": by_splitting}
 
 
 def pruned(case: Case) -> Iterator[tuple[str, nn.Module, float]]:

@@ -7,7 +7,7 @@ process of its own. ``--other`` also reports on text of another kind, source cod
 them is calibrated on. ``--validation`` reports on other blocks, to choose hyperparameters by.
 
     pip install "torchprune-ext[language-model]"
-    python examples/sparse_language_model.py [--columns 50% 2:4 60% 70%] [--rows SparseGPT splitting] [--other]
+    python examples/sparse_language_model.py [--columns 50% 2:4 60% 70%] [--rows SparseGPT admm] [--other]
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def divergence(logits: Tensor, dense: Tensor) -> Tensor:
 
 
 def refined(model: nn.Module, data: Data, params: Params, goal: Goal) -> object:
-    """Choose by splitting, re-fit, and fit all that is left to the dense model's next tokens.
+    """Choose by ADMM, re-fit, and fit all that is left to the dense model's next tokens.
 
     The last eighth of the data is kept from both: what has been fitted to does not tell what gets better elsewhere.
     """
@@ -113,9 +113,9 @@ WAYS: dict[str, Way] = {
     "Wanda": wanda,
     "SparseGPT": sparsegpt,
     "Wanda, re-fitted": fitted("wanda"),
-    "splitting": fitted("admm"),
-    "splitting, shares by output": fitted("admm", allocation="auto"),
-    "splitting, refined": refined,
+    "admm": fitted("admm"),
+    "admm, shares by output": fitted("admm", allocation="auto"),
+    "admm, refined": refined,
 }
 
 

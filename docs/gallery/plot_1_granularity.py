@@ -59,7 +59,7 @@ def draw(title, *weights):
     _, axes = pyplot.subplots(
         1,
         len(weights),
-        figsize=(4.2 * len(weights), 4.4),
+        figsize=(4.2 * len(weights), 4.6),  # with room for the titles
         layout="constrained",
         squeeze=False,
     )
