@@ -33,6 +33,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--gguf", help="name of the GGUF file in that folder, if its weights are in one")
     parser.add_argument("--blocks", type=int, default=CALIBRATION, help=f"of {LENGTH} tokens to calibrate on")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="on which all is computed")
     return parser
 
 

@@ -37,11 +37,15 @@ def extra_megabytes(call: Callable[[], object]) -> float:
     return extra
 
 
-def peak_megabytes(call: Callable[[], object]) -> float:
-    """Return the most resident memory that this process had during ``call``, in MB (10**6 bytes), all in all.
+def peak_megabytes(call: Callable[[], object], device: str = "cpu") -> float:
+    """Return the most memory that this process had during ``call``, in MB (10**6 bytes), all in all.
 
-    Only on Linux.
+    On a GPU what its tensors held; else what was resident, only on Linux.
     """
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     call()
     return _peak()

@@ -125,16 +125,18 @@ WAYS: dict[str, Way] = {
 def measure(way: str | None, column: str | None, given: argparse.Namespace) -> dict[str, float]:
     """Return what is reported of one way of pruning, or of the dense model; run in a process of its own."""
     model, tokenizer = load(given.model, given.gguf)
-    data, found = batches(blocks(tokenizer)[: given.blocks]), {}
+    model.to(given.device)
+    data, found = batches(blocks(tokenizer)[: given.blocks].to(given.device)), {}
     if way is not None and column is not None:
         params = tpe.prunable_parameters(trunk(model), types=nn.Linear)
         start = time.perf_counter()
-        found["MB"] = peak_megabytes(lambda: WAYS[way](model, data, params, COLUMNS[column]))
+        found["MB"] = peak_megabytes(lambda: WAYS[way](model, data, params, COLUMNS[column]), given.device)
         found["seconds"] = time.perf_counter() - start
         tpe.remove_all(model)
     texts = {"help": blocks(tokenizer)} | ({"source": source_blocks(tokenizer)} if given.other else {})
     return found | {
-        name: perplexity(model, some(tokens, validation=given.validation))[0] for name, tokens in texts.items()
+        name: perplexity(model, some(tokens, validation=given.validation).to(given.device))[0]
+        for name, tokens in texts.items()
     }
 
 
@@ -175,7 +177,7 @@ def main() -> None:
         return
     print(header(given))
     same = [
-        f"--{name}={getattr(given, name)}" for name in ("model", "gguf", "blocks", "threads") if getattr(given, name)
+        f"--{name}={getattr(given, name)}" for name in ("model", "gguf", "blocks", "threads", "device") if getattr(given, name)
     ]
     same += [f"--{name}" for name in ("other", "validation") if getattr(given, name)]
 
