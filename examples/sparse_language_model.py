@@ -177,7 +177,9 @@ def main() -> None:
         return
     print(header(given))
     same = [
-        f"--{name}={getattr(given, name)}" for name in ("model", "gguf", "blocks", "threads", "device") if getattr(given, name)
+        f"--{name}={getattr(given, name)}"
+        for name in ("model", "gguf", "blocks", "threads", "device")
+        if getattr(given, name)
     ]
     same += [f"--{name}" for name in ("other", "validation") if getattr(given, name)]
 

@@ -253,6 +253,13 @@ def watch(model, layer, batches):
     return [torch.cat(part).detach() for part in zip(*seen, strict=True)]
 
 
+def in_both(model, dense, name, batches):
+    """Return a layer's inputs, in the model and in the dense one, and what it gives and should give for them."""
+    layer = model.get_submodule(name)
+    (x, y), (dense_x, wanted) = (watch(net, net.get_submodule(name), batches) for net in (model, dense))
+    return torch.cat([x, dense_x]), torch.cat([y, layer(dense_x).detach()]), torch.cat([wanted, wanted])
+
+
 def oracle(name, masks, batches, ridge=None, create_bias=False):
     """Return a plain model that was fitted layer by layer, and the errors before and after."""
     ridge = solvers.RIDGE if ridge is None else ridge
@@ -262,9 +269,9 @@ def oracle(name, masks, batches, ridge=None, create_bias=False):
     for each, mask in zip(names(model), masks, strict=True):
         layer = model.get_submodule(each)
         free = create_bias or layer.bias is not None
-        x, before = watch(model, layer, batches)
-        y = rows(layer, watch(dense, dense.get_submodule(each), batches)[1])
-        x, keep, weight = columns(layer, x), matrix(layer, mask) != 0, matrix(layer, layer.weight.data).clone()
+        x, before, y = in_both(model, dense, each, batches)
+        x, y = columns(layer, x), rows(layer, y)
+        keep, weight = matrix(layer, mask) != 0, matrix(layer, layer.weight.data).clone()
         bias = torch.zeros(weight.shape[:2], dtype=x.dtype)
         for group in range(weight.shape[0]):
             for out in range(weight.shape[1]):

@@ -17,6 +17,7 @@ from compensating import (
     data,
     deep,
     equal,
+    in_both,
     magnitude,
     names,
     never_worse,
@@ -29,7 +30,6 @@ from compensating import (
     single,
     sparsegpt,
     spoilt,
-    watch,
     weights,
 )
 from hypothesis import given, settings
@@ -90,15 +90,14 @@ def test_a_bias_is_created_where_there_was_none(name):
 
 
 @pytest.mark.parametrize("name", ["linear", "grouped", *(f"deep {name}" for name in DEEP)])
-def test_errors_are_those_of_the_model_that_comes_out(name):
+def test_errors_are_those_of_the_layers_that_come_out_for_their_inputs_in_both_models(name):
     batches = data(ALL[name][1], (40, 20))
     model, params = pruned(name)
     dense = build(ALL[name][0]).eval()
     fits = compensate(model, batches, params)
     for each, fit in zip(names(model), fits.values(), strict=True):
-        layer = dense.get_submodule(each)
-        y = rows(layer, watch(dense, layer, batches)[1])
-        found = rows(layer, watch(model.eval(), model.get_submodule(each), batches)[1])
+        _, *outputs = in_both(model.eval(), dense, each, batches)
+        found, y = (rows(dense.get_submodule(each), output) for output in outputs)
         energy = (y - y.mean(1, keepdim=True)).square().sum()
         torch.testing.assert_close(fit.after, float((found - y).square().sum() / energy), rtol=1e-6, atol=1e-12)
 

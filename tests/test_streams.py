@@ -20,13 +20,13 @@ from compensating import (
     compensate,
     data,
     equal,
+    in_both,
     mlp,
     names,
     never_worse,
     pairs,
     pruned,
     two,
-    watch,
     weights,
     with_memory,
     with_positions,
@@ -162,11 +162,11 @@ def test_samples_may_be_on_the_second_axis(size, tokens):
 
 
 def true_errors(model, dense, batches):
-    """Return how far each listed layer's outputs are off the dense model's, by running both."""
+    """Return how far what each listed layer gives for its inputs in both models is off the dense model's outputs."""
     found = []
     for each in names(model):
-        y, other = (watch(net.eval(), net.get_submodule(each), batches)[1] for net in (dense, model))
-        y, other = (t.reshape(-1, t.shape[-1]) for t in (y, other))
+        _, *outputs = in_both(model.eval(), dense.eval(), each, batches)
+        other, y = (output.reshape(-1, output.shape[-1]) for output in outputs)
         found.append(float((other - y).square().sum() / (y - y.mean(0)).square().sum()))
     return found
 
@@ -363,8 +363,7 @@ def test_a_bias_that_two_layers_share_makes_neither_worse():
     except ValueError:
         return
     for each, fit in zip(names(model), fits.values(), strict=True):
-        y = watch(dense, dense.get_submodule(each), batches)[1]
-        found = watch(model, model.get_submodule(each), batches)[1]
+        _, found, y = in_both(model, dense, each, batches)
         error = (found - y).square().sum() / (y - y.mean(0)).square().sum()
         assert fit.after == pytest.approx(float(error), rel=1e-9)
 

@@ -81,7 +81,7 @@ def sparsegpt(
         asked = {"target_sparsity": goals[target.module, target.name]} if pattern is None else {"pattern": pattern}
         return GlobalPruning("sparsegpt", **asked)
 
-    found, fits = task.fit(decide, keep_better=False)  # as published
+    found, fits = task.fit(decide, both=False, keep_better=False)  # as published
     task.install(found, entry)
     return fits
 

@@ -60,6 +60,9 @@ def compensate(
 ) -> Fits:
     """Re-fit what survived of each listed weight, and the layer's bias, to the reference layer's outputs; masks stay.
 
+    A layer shall give these outputs both for its inputs in the model as pruned before it, so that it makes up for what
+    those lack, and for its inputs in the reference model, so that it does not adapt to the errors of this data alone.
+
     The reference model is ``dense``. Without it, it is this model with the values under the masks of the listed weights
     and of their layers' biases, as :func:`.undo` would restore them. They must not have changed since they were pruned;
     what else is pruned stays pruned in the reference model. A bias that is pruned, shared or computed stays as it is.

@@ -35,6 +35,9 @@ See = Callable[[Layer, Problem, Tensor, Tensor], object]
 class Fit:
     """What a layer's outputs are off the reference model's, in squares relative to their variation, on the data given.
 
+    It is the mean over the layer's inputs in the model as pruned before it and those in the reference model, both of
+    which it is fitted to; of :func:`.sparsegpt`, which sees only the former, over these.
+
     Args:
         before: with what was pruned merely zeroed.
         after: with the survivors re-fitted.
@@ -201,6 +204,7 @@ class Task:
         decide: Decide | None = None,
         *,
         check: Callable[[Layer], object] | None = None,
+        both: bool = True,
         keep_better: bool = True,
         progress: bool | None = None,
     ) -> tuple[list[Fitted], Fits]:
@@ -209,6 +213,7 @@ class Task:
         Args:
             decide: from a layer, its problem, its weights and mask to new ones; None to re-fit what the mask leaves.
             check: raises for a layer that cannot be treated; called with all before the first is.
+            both: fit what a layer gives for its inputs in the reference model too, beside those in the pruned one.
             keep_better: let no row get worse than it is with what was pruned merely zeroed.
             progress: show a bar over the layers; by default as the options say.
         """
@@ -239,16 +244,17 @@ class Task:
                     found, keep = decide(layer, problem, weight, alive)
                 new, bias, before, after = _rounded(layer, problem, weight * keep, found, free, keep_better)
                 key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
+                rows = problem.count // (1 + both)
                 errors = float(before.sum()) / whole, float(after.sum()) / whole
-                fits[key] = Fit(*errors, problem.count, layer.label, keep.numel(), int((keep == 0).sum()))
+                fits[key] = Fit(*errors, rows, layer.label, keep.numel(), int((keep == 0).sum()))
                 masks[key] = layer.shaped(keep)
-                if problem.count < weight.shape[-1]:
-                    few.append(f"{layer.label} ({problem.count} of {weight.shape[-1]})")
+                if rows < weight.shape[-1]:
+                    few.append(f"{layer.label} ({rows} of {weight.shape[-1]})")
                 next(steps, None)
                 tell(bar, 1 - float(keep.mean()), fits[key].after)
                 return layer.shaped(new), None if bias is None else bias.reshape(-1)
 
-            walk = Pass(run, layers, self.reference, solve, self.offload)
+            walk = Pass(run, layers, self.reference, solve, self.offload, both=both)
             walk.over(batches)
             next(steps, None)
             for key, fit in fits.items():

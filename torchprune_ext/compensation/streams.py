@@ -2,9 +2,9 @@
 
 Every batch goes through the model twice, as two coroutines: once as the reference model, once as the pruned one. One
 after the other runs until it reaches the next of the listed layers; when all are there, the layer is solved from the
-pruned ones' inputs and the reference's outputs, and all go on, the pruned ones with the layer's new weights. So a model
-of any structure is treated in sequence in a single pass, as long as all batches take the same way. What is held at a
-time is what the batches need between two layers, and the moments of one layer.
+inputs that it gets in both and the reference's outputs, and all go on, the pruned ones with the layer's new weights. So
+a model of any structure is treated in sequence in a single pass, as long as all batches take the same way. What is held
+at a time is what the batches need between two layers, and the moments of one layer.
 
 Both are the same modules: while the reference runs, they hold the reference's tensors instead of their own. Tensors
 that modules keep on themselves from one layer to a later one are swapped along.
@@ -48,13 +48,21 @@ class Pass:
         reference: what the modules hold while the reference model runs, where it is something else.
         solve: from a layer and its least squares to its new weight and bias.
         offload: folder for what goes from block to block; None to hold it in memory.
+        both: whether a layer's least squares have its inputs in the reference model too, beside those in the pruned.
     """
 
     def __init__(
-        self, run: Run, layers: Sequence[Layer], reference: Tables, solve: Solve, offload: str | None = None
+        self,
+        run: Run,
+        layers: Sequence[Layer],
+        reference: Tables,
+        solve: Solve,
+        offload: str | None = None,
+        *,
+        both: bool = True,
     ) -> None:
         self.run, self.layers, self.reference, self.solve = run, layers, reference, solve
-        self.offload = offload
+        self.offload, self.both = offload, both
         self.solved: dict[Layer, Solution] = {}
         self.axes: dict[Layer, int] = {}  # on which the samples stand in each layer's input, if that matters
         self.dense = False  # whether it is the reference that runs
@@ -106,24 +114,25 @@ class Pass:
             if len(layers) > 1 or (y is not None and y[0] in self.solved):
                 raise ValueError(OTHER_WAY)
             if x is not None and y is not None:
-                reached = x[0]
-                self._bring(moments, reached, x[1], y[1], batch)
+                reached, (wanted, reference) = x[0], y[1]
+                for inputs in (x[1], reference) if self.both else (x[1],):
+                    self._bring(moments, reached, inputs, wanted, batch)
         if reached is None and len(self.solved) < len(self.layers):
             raise ValueError(OTHER_WAY)
         return reached, moments
 
-    def _resume(self, call: Call, *, dense: bool) -> tuple[Layer, Tensor] | None:
+    def _resume(self, call: Call, *, dense: bool) -> tuple[Layer, Any] | None:
         """Let ``call`` go on, as the reference if ``dense``, with the tensors that modules held when it stopped."""
         self.dense = dense
         with self.attributes.of(call, watch=False), holding(self.reference) if dense else nullcontext():
-            stop: tuple[Layer, Tensor] | None = call.resume()
+            stop: tuple[Layer, Any] | None = call.resume()
         return stop
 
     def _reach(self, layer: Layer, x: Tensor, multiply: Multiply) -> Tensor:
-        """Stand in for a layer's product: hand out what it gives or gets, and go on when the layer is solved."""
+        """Stand in for a layer's product: hand out what it gets, the reference what it gives too; go on once solved."""
         if self.dense:
             y = multiply()
-            hand_out(layer, y.detach(), known=layer in self.solved)
+            hand_out(layer, (y.detach(), x.detach()), known=layer in self.solved)
             return y
         hand_out(layer, x.detach(), known=layer in self.solved)
         weight, bias = self.solved[layer]
@@ -211,7 +220,7 @@ class Pass:
     # --- the pass
 
     def _bring(self, moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch) -> None:
-        """Add the pruned stream's inputs ``x`` and the reference's outputs ``y`` to the moments."""
+        """Add a stream's inputs ``x`` and the reference's outputs ``y`` to the moments."""
         axis = self.axes.get(layer, 0)
         x, y = x.movedim(axis, 0), y.movedim(axis, 0)
         if x.dim() != y.dim() or x.shape[0] != y.shape[0] or (not layer.convolution and x.shape[:-1] != y.shape[:-1]):
