@@ -246,7 +246,7 @@ def best_row(x, y, start, keep, fixed, ridge):
 def watch(model, layer, batches):
     """Return all inputs of a layer and all its outputs."""
     seen = []
-    handle = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append((args[0].clone(), output.clone())))
     for x, _ in batches:
         model(*x) if isinstance(x, tuple) else model(x)
     handle.remove()

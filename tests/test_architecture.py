@@ -87,6 +87,7 @@ ORDER = [
     "compensation.batch_norm",
     "compensation.sources",
     "compensation.solvers",
+    "compensation.residuals",
     "compensation.splitting",
     "compensation.greedy",
     "compensation.streams",

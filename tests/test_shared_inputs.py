@@ -96,9 +96,9 @@ def summed(monkeypatch):
     rows = []
     real = solvers._add_square
 
-    def counting(gram, x):
+    def counting(gram, x, *weighted):
         rows.append(x.shape[1])
-        real(gram, x)
+        real(gram, x, *weighted)
 
     monkeypatch.setattr(solvers, "_add_square", counting)
     return rows
@@ -179,8 +179,9 @@ def test_what_has_no_version_or_no_storage_of_its_own_is_never_the_same():
     longer=st.booleans(),
     rows=st.lists(st.integers(0, 4), min_size=6, max_size=6),
     fixed=st.tuples(st.booleans(), st.booleans()),
+    weights=st.lists(st.sampled_from([1.0, 0.25, 3.0]), min_size=7, max_size=7),
 )
-def test_moments_are_those_of_all_samples_wherever_the_inputs_come_from(same, longer, rows, fixed):
+def test_moments_are_those_of_all_samples_wherever_the_inputs_come_from(same, longer, rows, fixed, weights):
     torch.manual_seed(0)
     rows[0] += 1
     xs = [torch.randn(1, n, 5).double() + 3 for n in rows[: len(same)]]
@@ -191,9 +192,9 @@ def test_moments_are_those_of_all_samples_wherever_the_inputs_come_from(same, lo
     for moments, inputs in ((before, xs), (shared, others), (apart, others)):
         if moments is shared:
             shared = moments = solvers.Moments(before)
-        for x in inputs:
-            known = moments is not apart and moments.reads(Source.of(x), lambda x=x: [x])
-            moments.add(x, x[..., :2] + x[..., 2:4], known=known)
+        for x, weight in zip(inputs, weights, strict=False):
+            known = moments is not apart and moments.reads(Source.of(x), lambda x=x: [x], weight)
+            moments.add(x, x[..., :2] + x[..., 2:4], weight, known=known)
         if moments is before:
             before.problem(torch.zeros(1, 1).double() if fixed[0] else None)
     assert shared.shares == (all(same) and not longer)

@@ -176,11 +176,13 @@ def refused_then(call, model, params, refusal, words):
     return eval(remedy, {"prunable_parameters": listed, "model": model})
 
 
-def watched(model, modules, batches):
-    """Return what each of ``modules`` is given and what it returns, for each batch."""
+def watched(model, modules, batches, *, whole=False):
+    """Return what each of ``modules`` is given, first or as a ``whole``, and what it returns, for each batch."""
     seen = {module: [] for module in modules}
     hooks = [
-        module.register_forward_hook(lambda module, args, output: seen[module].append((args[0], output)))
+        module.register_forward_hook(
+            lambda module, args, output: seen[module].append((args if whole else args[0], output))
+        )
         for module in modules
     ]
     with torch.no_grad():
@@ -350,17 +352,58 @@ def test_the_loss_of_clip_has_no_statistics_of_single_samples_and_those_of_batch
 # --- compensation
 
 
+STREAMS = [  # what a layer's output is added to: the layer, and a module that is called with that and its argument
+    (r"(.*)attention\.output\.dense", r"\1attention.output", 1),
+    (r"(.*layer\.\d+\.)output\.dense", r"\1output", 1),
+    (r"(.*)attn\.c_proj", r"\1ln_1", 0),
+    (r"(.*)mlp\.c_proj", r"\1ln_2", 0),
+    (r"(.*)self_attn\.o_proj", r"\1input_layernorm", 0),
+    (r"(.*)mlp\.down_proj", r"\1post_attention_layernorm", 0),
+    (r"(.*)attention\.o_proj", r"\1layernorm_before", 0),
+    (r"(.*)mlp\.fc2", r"\1layernorm_after", 0),
+    (r"(.*)(?:Self|EncDec)Attention\.o", r"\1layer_norm", 0),
+    (r"(.*)DenseReluDense\.wo", r"\1layer_norm", 0),
+    (r"(.*)self_attn\.out_proj", r"\1self_attn_layer_norm", 0),
+    (r"(.*)encoder_attn\.out_proj", r"\1encoder_attn_layer_norm", 0),
+    (r"(.*layers\.\d+\.)fc2", r"\1final_layer_norm", 0),
+    (r"(.*)self_attn\.out_proj", r"\1layer_norm1", 0),
+    (r"(.*)mlp\.fc2", r"\1layer_norm2", 0),
+]
+
+
+def stream_of(path, names):
+    """Return the module and the argument in which what the layer's output is added to passes by, if there is one."""
+    for layer, module, place in STREAMS:
+        found = re.fullmatch(layer, path)
+        if found and found.expand(module) in names:
+            return found.expand(module), place
+    return None
+
+
 def assert_fits(fits, model, dense, batches):
-    """Compare the error that each fit reports with that of the layer's outputs in the model as it is now."""
+    """Compare the error that each fit reports with that of what the layer gives for its inputs in both models.
+
+    Where its output is added to a stream, what the pruned model lacks there is wanted of it too.
+    """
     names = dict(model.named_modules())
     pruned = {path: module for path, module in names.items() if any(module is owner for owner, _ in fits)}
-    now = watched(model, pruned.values(), batches)
-    then = watched(dense, [dense.get_submodule(path) for path in pruned], batches)
+    streams = {path: stream_of(path, names) for path in pruned}
+    wanted = {*pruned, *(stream[0] for stream in streams.values() if stream)}
+    now = watched(model, [names[path] for path in wanted], batches, whole=True)
+    then = watched(dense, [dense.get_submodule(path) for path in wanted], batches, whole=True)
+    assert any(streams.values())
     for path, module in pruned.items():
         reference = dense.get_submodule(path)
-        y = torch.cat([rows(channels_last(module, y)) for _, y in then[reference]]).double()
-        off = torch.cat([rows(channels_last(module, y)) for _, y in now[module]]).double() - y
-        error = float(off.square().sum() / (y - y.mean(0)).square().sum())
+        with torch.no_grad():
+            gives = [output for _, output in now[module]] + [module(args[0]) for args, _ in then[reference]]
+        should = [output for _, output in then[reference]] * 2
+        if streams[path] is not None:
+            holder, place = streams[path]
+            parts = zip(then[dense.get_submodule(holder)], now[names[holder]], strict=True)
+            lacks = [ours[place] - theirs[place] for (ours, _), (theirs, _) in parts]
+            should[: len(lacks)] = [y + lack for y, lack in zip(should, lacks, strict=False)]
+        y, found = (torch.cat([rows(channels_last(module, y)) for y in each]).double() for each in (should, gives))
+        error = float((found - y).square().sum() / (y - y.mean(0)).square().sum())
         [fit] = [fit for (owner, _), fit in fits.items() if owner is module]
         assert error == pytest.approx(fit.after, rel=2e-2, abs=1e-6), path
         assert fit.after <= fit.before * (1 + 1e-6) + 1e-9, path

@@ -115,6 +115,14 @@ def check_whole(param: str, value: int, least: int) -> None:
         raise ValueError(f"{param}={value!r} is too small. Pass an int >= {least}.")
 
 
+def check_weight(param: str, value: float) -> None:
+    """Raise unless ``value``, the caller's ``param``, is a finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{param}={value!r} is a {type(value).__name__}. Pass a number >= 0, e.g. 1.0.")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{param}={value!r} is negative or not finite. Pass a number >= 0, e.g. 1.0.")
+
+
 def number_from(value: object, call: str) -> float:
     """Return the ``value`` that ``call``, of a function of the user's, gave, if it is a finite number; else raise."""
     if isinstance(value, Tensor) and value.numel() == 1:

@@ -1,13 +1,10 @@
 """Terms to add to a training loss so that pruning costs less afterwards."""
 
-import math
-import numbers
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchprune_ext._checks import check_module
+from torchprune_ext._checks import check_module, check_weight
 from torchprune_ext._host import Target
 
 
@@ -36,12 +33,7 @@ def bn_l1_penalty(model: nn.Module, strength: float = 1e-4) -> Tensor:
         tensor(2., grad_fn=<MulBackward0>)
     """
     check_module("model", model)
-    if isinstance(strength, bool) or not isinstance(strength, numbers.Real):
-        raise TypeError(
-            f"strength={strength!r} is a {type(strength).__name__}. Pass a number >= 0, e.g. strength=1e-4."
-        )
-    if not 0 <= strength < math.inf:
-        raise ValueError(f"strength={strength!r} must be finite and at least 0. Pass e.g. strength=1e-4.")
+    check_weight("strength", strength)
     found = [Target.found(module, "weight") for module in model.modules() if isinstance(module, _BatchNorm)]
     scales = [t.parameter if t.mask is None else t.parameter * t.mask for t in found if t is not None]
     if not scales:

@@ -69,7 +69,7 @@ def sparsegpt(
     """
     with Ranks(options.get("process_group")).together():
         check_goal(target_sparsity, pattern)
-        task = Task.of(model, loader, params, dense, options, biases=False)
+        task = Task.of(model, loader, params, dense, options, biases=False, dense_inputs=0, sums=False)
         goals = {} if target_sparsity is None else goals_of(task.targets, target_sparsity)
     task.agree("sparsegpt", goals=goals, pattern=pattern)
 
@@ -81,7 +81,7 @@ def sparsegpt(
         asked = {"target_sparsity": goals[target.module, target.name]} if pattern is None else {"pattern": pattern}
         return GlobalPruning("sparsegpt", **asked)
 
-    found, fits = task.fit(decide, both=False, keep_better=False)  # as published
+    found, fits = task.fit(decide, keep_better=False)  # as published
     task.install(found, entry)
     return fits
 

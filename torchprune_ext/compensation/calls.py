@@ -56,12 +56,15 @@ def compensate(
     *,
     dense: Dense | None = None,
     create_bias: bool = False,
+    dense_inputs: float = 1.0,
     **options: Unpack[PassOptions],
 ) -> Fits:
     """Re-fit what survived of each listed weight, and the layer's bias, to the reference layer's outputs; masks stay.
 
     A layer shall give these outputs both for its inputs in the model as pruned before it, so that it makes up for what
     those lack, and for its inputs in the reference model, so that it does not adapt to the errors of this data alone.
+    Where all that is done with them is to add something that was there before, as a residual stream is, the sum counts:
+    for the former inputs, the layer makes up for what the stream lacks too.
 
     The reference model is ``dense``. Without it, it is this model with the values under the masks of the listed weights
     and of their layers' biases, as :func:`.undo` would restore them. They must not have changed since they were pruned;
@@ -78,6 +81,8 @@ def compensate(
             channels have to be in the model's order: take it after :func:`.permute_for_nm`, as one from before cannot
             always be told once the model has been trained or re-fitted.
         create_bias: give layers that were made with ``bias=False`` one.
+        dense_inputs: weight of a layer's inputs in the reference model beside those in the pruned one, 0 or more. The
+            deeper the model and the fewer the data, the more they help; 0 is better where a few layers see much data.
         **options: see :class:`.PassOptions`.
 
     Returns:
@@ -103,7 +108,7 @@ def compensate(
         (True, True, True)
     """
     with Ranks(options.get("process_group")).together():
-        task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
+        task = Task.of(model, loader, params, dense, options, create_bias=create_bias, dense_inputs=dense_inputs)
     task.agree("compensate")
     found, fits = task.fit()
     task.install(found, lambda target: None if target.mask is None else GlobalPruning("compensate"))
@@ -127,6 +132,7 @@ def prune_and_compensate(
     allocation: str | None = None,
     dense: Dense | None = None,
     create_bias: bool = False,
+    dense_inputs: float = 1.0,
     **options: Unpack[PassOptions],
 ) -> Fits:
     """Prune each layer in turn and re-fit it, without training, all in one pass over the data.
@@ -178,6 +184,7 @@ def prune_and_compensate(
             five, and memory for gradients. Shares that you know, as of :mod:`.allocation`, are a ``target_sparsity``.
         dense: the reference model, see :func:`compensate`.
         create_bias: give layers without a bias one.
+        dense_inputs: weight of a layer's inputs in the reference model, see :func:`compensate`.
         **options: see :class:`.PassOptions`.
 
     Returns:
@@ -229,7 +236,7 @@ def prune_and_compensate(
             criterion, steps = _checked(criterion, steps, unit)
             check_goal(target_sparsity, pattern, unit)
             shared = check_allocation(allocation, target_sparsity, pattern, unit)
-        task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
+        task = Task.of(model, loader, params, dense, options, create_bias=create_bias, dense_inputs=dense_inputs)
         units = None if whole else units_of(task.targets, unit)
         goals = {} if target_sparsity is None else goals_of(task.targets, target_sparsity, units)
     by = criterion, steps, allocation

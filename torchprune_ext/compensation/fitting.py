@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprune_ext._checks import check_module, leave_out, warn
+from torchprune_ext._checks import check_module, check_weight, leave_out, warn
 from torchprune_ext._fingerprints import agree_on, agree_on_values
 from torchprune_ext._host import Target, install, pruned, remember_dense, rewrite, targets_of, warn_of_zeros
 from torchprune_ext._layers import Layer, Solution
 from torchprune_ext._loading import Options, PassOptions, taken, with_progress, without_offload
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._restoring import all_or_nothing
-from torchprune_ext._runs import calibrating, refuse_lazy, wide
+from torchprune_ext._runs import Run, calibrating, refuse_lazy, wide
 from torchprune_ext._statistics import Key
 from torchprune_ext._tables import percent, table
 from torchprune_ext.compensation.reference import Dense, reference_tables
 from torchprune_ext.compensation.solvers import Moments, Problem, refit
-from torchprune_ext.compensation.streams import Pass, Tables
+from torchprune_ext.compensation.streams import Pass, Solve, Tables
 from torchprune_ext.masks import finish
 from torchprune_ext.methods import GlobalPruning
 
@@ -35,8 +35,9 @@ See = Callable[[Layer, Problem, Tensor, Tensor], object]
 class Fit:
     """What a layer's outputs are off the reference model's, in squares relative to their variation, on the data given.
 
-    It is the mean over the layer's inputs in the model as pruned before it and those in the reference model, both of
-    which it is fitted to; of :func:`.sparsegpt`, which sees only the former, over these.
+    It is the mean over the layer's inputs in the model as pruned before it and in the reference model, weighted as by
+    ``dense_inputs``; :func:`.sparsegpt` sees only the former. Where the layer is fitted to a sum, as with a residual
+    stream, the errors are those of the sum.
 
     Args:
         before: with what was pruned merely zeroed.
@@ -117,6 +118,8 @@ class Task:
         batches: what the loader gave.
         options: how the data is read.
         offload: folder for what goes from block to block of the model; None to hold it in memory.
+        dense_inputs: weight of a layer's inputs in the reference model, beside those in the pruned one.
+        sums: fit what is added to a layer's output along with it.
     """
 
     model: nn.Module
@@ -127,6 +130,8 @@ class Task:
     batches: list[Any]
     options: Options
     offload: str | None
+    dense_inputs: float
+    sums: bool
 
     @classmethod
     def of(
@@ -139,6 +144,8 @@ class Task:
         *,
         biases: bool = True,
         create_bias: bool = False,
+        dense_inputs: float = 1.0,
+        sums: bool = True,
     ) -> "Task":
         """Check the arguments and read the data.
 
@@ -150,14 +157,20 @@ class Task:
             options: how the data is read.
             biases: fit the layers' biases too, but those that are pruned, shared, or computed.
             create_bias: also give layers that were made without a bias one.
+            dense_inputs: weight of a layer's inputs in the reference model, beside those in the pruned one.
+            sums: fit what is added to a layer's output along with it.
         """
+        check_weight("dense_inputs", dense_inputs)
         targets = _targets(model, params)
         refuse_lazy(model)
         warn_of_zeros({target.where: target for target in targets})
         reference = reference_tables(model, targets, dense)
         free = _free_biases(model, targets, create_bias) if biases else frozenset()
         plain, offload = without_offload(options)
-        return cls(model, targets, free, reference, dense is not None, taken(loader, plain), plain, offload)
+        batches = taken(loader, plain)
+        return cls(
+            model, targets, free, reference, dense is not None, batches, plain, offload, float(dense_inputs), sums
+        )
 
     @property
     def ranks(self) -> Ranks:
@@ -181,7 +194,7 @@ class Task:
 
         words = [f"{key}={told(value)!r}" for key, value in arguments.items()]
         fitted = [name for key, name in listed.items() if key[0] in self.biases]
-        words += [f"dense={'given' if self.whole else None}"]
+        words += [f"dense={'given' if self.whole else None}", f"dense_inputs={self.dense_inputs}"]
         ranks.agree("the calls", f"{call}({', '.join(words)}) of {list(listed.values())}, with the biases of {fitted}")
         agree_on_values(ranks, self.model)
         dense = {str(i): value for i, (_, _, value) in enumerate(self.reference) if isinstance(value, Tensor)}
@@ -204,7 +217,6 @@ class Task:
         decide: Decide | None = None,
         *,
         check: Callable[[Layer], object] | None = None,
-        both: bool = True,
         keep_better: bool = True,
         progress: bool | None = None,
     ) -> tuple[list[Fitted], Fits]:
@@ -213,7 +225,6 @@ class Task:
         Args:
             decide: from a layer, its problem, its weights and mask to new ones; None to re-fit what the mask leaves.
             check: raises for a layer that cannot be treated; called with all before the first is.
-            both: fit what a layer gives for its inputs in the reference model too, beside those in the pruned one.
             keep_better: let no row get worse than it is with what was pruned merely zeroed.
             progress: show a bar over the layers; by default as the options say.
         """
@@ -244,7 +255,7 @@ class Task:
                     found, keep = decide(layer, problem, weight, alive)
                 new, bias, before, after = _rounded(layer, problem, weight * keep, found, free, keep_better)
                 key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
-                rows = problem.count // (1 + both)
+                rows = round(problem.count / (1 + self.dense_inputs))
                 errors = float(before.sum()) / whole, float(after.sum()) / whole
                 fits[key] = Fit(*errors, rows, layer.label, keep.numel(), int((keep == 0).sum()))
                 masks[key] = layer.shaped(keep)
@@ -254,7 +265,7 @@ class Task:
                 tell(bar, 1 - float(keep.mean()), fits[key].after)
                 return layer.shaped(new), None if bias is None else bias.reshape(-1)
 
-            walk = Pass(run, layers, self.reference, solve, self.offload, both=both)
+            walk = self._pass(run, layers, solve)
             walk.over(batches)
             next(steps, None)
             for key, fit in fits.items():
@@ -289,8 +300,11 @@ class Task:
                 next(steps, None)
                 return layer.weight, None
 
-            Pass(run, layers, self.reference, solve, self.offload).over(batches)
+            self._pass(run, layers, solve).over(batches)
             next(steps, None)
+
+    def _pass(self, run: Run, layers: Sequence[Layer], solve: Solve) -> Pass:
+        return Pass(run, layers, self.reference, solve, self.offload, dense_inputs=self.dense_inputs, sums=self.sums)
 
     def _posed(self, layer: Layer, target: Target, moments: Moments) -> tuple[Problem, Tensor, Tensor]:
         """Return the least squares of a layer, its weights and its mask, the last two as matrices."""

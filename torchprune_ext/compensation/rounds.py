@@ -36,6 +36,7 @@ def prune_in_rounds(
     steps: int = 10,
     dense: Dense | None = None,
     create_bias: bool = False,
+    dense_inputs: float = 1.0,
     **options: Unpack[PassOptions],
 ) -> Fits:
     """Prune by one threshold over all listed tensors and re-fit them, in rounds, without training.
@@ -55,6 +56,7 @@ def prune_in_rounds(
         steps: number of rounds.
         dense: the reference model, see :func:`.compensate`.
         create_bias: give layers without a bias one.
+        dense_inputs: weight of a layer's inputs in the reference model, see :func:`.compensate`.
         **options: see :class:`.PassOptions`.
 
     Returns:
@@ -83,7 +85,7 @@ def prune_in_rounds(
                 "{(module, name): scores}; for the criteria that have names, see prune_and_compensate."
             )
         check_whole("steps", steps, 1)
-        task = Task.of(model, loader, params, dense, options, create_bias=create_bias)
+        task = Task.of(model, loader, params, dense, options, create_bias=create_bias, dense_inputs=dense_inputs)
         goals = goals_of(task.targets, target_sparsity)
         if not all(goal < 1 for goal in goals.values()):
             raise ValueError(f"target_sparsity={target_sparsity!r} leaves nothing to re-fit. Pass less than 1.0.")

@@ -29,24 +29,25 @@ class Moments:
     """
 
     def __init__(self, before: "Moments | None" = None) -> None:
-        self.count = 0
+        self.count = 0.0  # of samples, each by its weight
         self.sums: list[Tensor] = []
         self.before, self.followed = before, False  # whether this is the ``before`` of others
         self.sources: list[Source | None] = []
-        self.known: list[Callable[[], Iterable[Tensor]]] = []  # inputs that only the sums of ``before`` have
+        self.known: list[tuple[Callable[[], Iterable[Tensor]], float]] = []  # inputs that only ``before`` has, weighted
 
-    def reads(self, source: Source | None, inputs: Callable[[], Iterable[Tensor]]) -> bool:
+    def reads(self, source: Source | None, inputs: Callable[[], Iterable[Tensor]], weight: float = 1.0) -> bool:
         """Take note of the ``source`` of what is added next; return whether ``before`` had the same in its place.
 
         Args:
             source: what tells these inputs from others.
             inputs: gives them again, which is needed if later ones differ.
+            weight: how much each of their samples counts.
         """
         place = len(self.sources)
         self.sources.append(source)
         others = [] if self.before is None or len(self.known) < place else self.before.sources
         if source is not None and place < len(others) and source.same(others[place]):
-            self.known.append(inputs)
+            self.known.append((inputs, weight))
             return True
         self.part()
         return False
@@ -58,18 +59,20 @@ class Moments:
 
     def part(self) -> None:
         """Part with ``before``: sum up the inputs that its sums have, since not all are the same."""
-        for inputs in self.known:
+        for inputs, weight in self.known:
             for x in inputs():
                 if x.shape[1]:
-                    _add_square(self.sums[2], x.to(self.origin[0].dtype) - self.origin[0])
+                    x = x.to(self.origin[0].dtype) - self.origin[0]
+                    _add_square(self.sums[2], x, _times(x, weight))
         self.before, self.known = None, []
 
-    def add(self, x: Tensor, y: Tensor, *, known: bool = False) -> None:
+    def add(self, x: Tensor, y: Tensor, weight: float = 1.0, *, known: bool = False) -> None:
         """Take in samples: inputs ``(groups, samples, inputs)`` and dense outputs ``(groups, samples, outputs)``.
 
         Args:
             x: the inputs.
             y: the outputs.
+            weight: how much each of these samples counts.
             known: whether the sums of ``before`` have the inputs.
         """
         if not x.shape[1]:
@@ -79,14 +82,15 @@ class Moments:
             self._start(x.mean(1, keepdim=True), y.mean(1, keepdim=True))
         x, y = x - self.origin[0], y - self.origin[1]
         sum_x, sum_y, gram, cross, energy = self.sums
-        sum_x += x.sum(1)
-        sum_y += y.sum(1)
+        times_x = _times(x, weight)
+        sum_x += times_x.sum(1)
+        sum_y += y.sum(1).mul_(weight)
         if not known:
-            _add_square(gram, x)
+            _add_square(gram, x, times_x)
         for rows, squares, left in zip(cross.split(ROWS, 1), energy.split(ROWS, 1), y.split(ROWS, 2), strict=True):
-            rows += left.mT @ x
-            squares += left.square().sum(1)
-        self.count += x.shape[1]
+            rows += left.mT @ times_x
+            squares += left.square().sum(1).mul_(weight)
+        self.count += x.shape[1] * weight
 
     def _start(self, x: Tensor, y: Tensor) -> None:
         """Take all sums, of which there are none yet, about ``x`` and ``y``."""
@@ -103,7 +107,8 @@ class Moments:
         """
         if ranks.group is None:
             return
-        count, sharing = ranks.totals(self.count, self.shares)
+        sharing = ranks.total(self.shares)
+        count = float(ranks.sum(torch.tensor(self.count, dtype=torch.float64, device="cpu")))
         if not count:
             return
         if sharing < ranks.size:
@@ -150,10 +155,14 @@ class Moments:
         return Problem(self.inputs, cross, variation, mean_y + self.origin[1].squeeze(1), bias)
 
 
-def _add_square(gram: Tensor, x: Tensor) -> None:
-    """Add the upper half of the product of ``x`` with itself, in blocks of rows."""
+def _times(x: Tensor, weight: float) -> Tensor:
+    return x if weight == 1 else x * weight
+
+
+def _add_square(gram: Tensor, x: Tensor, times_x: Tensor) -> None:
+    """Add the upper half of the product of ``x`` with itself, weighted, in blocks of rows."""
     for start in range(0, x.shape[2], ROWS):
-        gram[:, start : start + ROWS, start:] += x[..., start : start + ROWS].mT @ x[..., start:]
+        gram[:, start : start + ROWS, start:] += x[..., start : start + ROWS].mT @ times_x[..., start:]
 
 
 def _fill_lower(gram: Tensor) -> None:
@@ -170,13 +179,13 @@ class Inputs:
     Args:
         gram: second moments about the means, ``(groups, inputs, inputs)``, in float64.
         mean: ``(groups, inputs)``.
-        count: number of samples.
+        count: number of samples, each by its weight.
         inverses: what :func:`inverse_of` has found, for other layers; None if there are none.
     """
 
     gram: Tensor
     mean: Tensor
-    count: int
+    count: float
     inverses: dict[tuple[object, ...], Tensor] | None
 
 
@@ -199,8 +208,8 @@ class Problem:
     bias: Tensor | None
 
     @property
-    def count(self) -> int:
-        """Number of samples."""
+    def count(self) -> float:
+        """Number of samples, each by its weight."""
         return self.inputs.count
 
     @property

@@ -15,6 +15,7 @@ inputs that are random or depend on the values of the data.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -26,10 +27,11 @@ from torchprune_ext._batches import Batch, check_mask, mask_rows
 from torchprune_ext._checks import leave_out
 from torchprune_ext._layers import Layer, Multiply, Solution
 from torchprune_ext._rows import MIXED, Seen, sample_axis, seen
-from torchprune_ext._runs import Run
+from torchprune_ext._runs import Run, wide
 from torchprune_ext.compensation.attributes import Attributes
 from torchprune_ext.compensation.blocks import OTHER_WAY, replaced, side_by_side
 from torchprune_ext.compensation.coroutines import Call, hand_out
+from torchprune_ext.compensation.residuals import Residuals, Watch
 from torchprune_ext.compensation.solvers import Moments
 from torchprune_ext.compensation.sources import Source
 
@@ -37,6 +39,21 @@ Solve = Callable[[Layer, Moments], Solution]  # the bias is None where it stays
 Tables = Sequence[tuple[dict[str, Any], str, Any]]  # a table of a module, a key in it, and what to put there
 SUMMED_ROWS = 4096  # of a least squares in one product: few enough for sums in float32
 SUMMED_NUMBERS = 1 << 18  # or more rows, if their inputs are no more numbers than the cache holds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Passing:
+    """What passes by a layer in a call.
+
+    Args:
+        x: what the layer gets.
+        y: what it gives in the reference model; None in the pruned one, where that is still to be found.
+        added: what the model adds to that; None if it adds nothing, or does more.
+    """
+
+    x: Tensor
+    y: Any
+    added: Tensor | None
 
 
 class Pass:
@@ -48,7 +65,8 @@ class Pass:
         reference: what the modules hold while the reference model runs, where it is something else.
         solve: from a layer and its least squares to its new weight and bias.
         offload: folder for what goes from block to block; None to hold it in memory.
-        both: whether a layer's least squares have its inputs in the reference model too, beside those in the pruned.
+        dense_inputs: weight of a layer's inputs in the reference model, beside those in the pruned one.
+        sums: fit what is added to a layer's output along with it.
     """
 
     def __init__(
@@ -59,14 +77,16 @@ class Pass:
         solve: Solve,
         offload: str | None = None,
         *,
-        both: bool = True,
+        dense_inputs: float = 1.0,
+        sums: bool = True,
     ) -> None:
         self.run, self.layers, self.reference, self.solve = run, layers, reference, solve
-        self.offload, self.both = offload, both
+        self.offload, self.dense_inputs, self.sums = offload, dense_inputs, sums
         self.solved: dict[Layer, Solution] = {}
         self.axes: dict[Layer, int] = {}  # on which the samples stand in each layer's input, if that matters
         self.dense = False  # whether it is the reference that runs
         self.attributes = Attributes(run)
+        self.residuals = Residuals(run.model)
         self.followed: set[Layer] = set()  # whose input the next layer gets too, in the rehearsal
         self.before: Moments | None = None  # of the last layer, if it is one of these
 
@@ -77,10 +97,12 @@ class Pass:
                 for batch in batches:
                     check_mask(batch.mask, batch.size)  # which refuses a batch without samples too
                 self._rehearse(batches[0], sample_axes=any(batch.mask is not None for batch in batches))
+            self.run.ranks.agree("what the model adds to the outputs of its layers", str(self.residuals))
             modules, device = [layer.module for layer in self.layers], self.run.tensors[0].device.type
             with (
                 side_by_side(self.run, modules, batches, device, self.offload, streams=2) as (calls, blocks),
                 self._instead_of_products(self._reach),
+                self.residuals.taking(),
                 blocks.standing_in(),
                 torch.autocast(device, enabled=False),
             ):
@@ -114,27 +136,27 @@ class Pass:
             if len(layers) > 1 or (y is not None and y[0] in self.solved):
                 raise ValueError(OTHER_WAY)
             if x is not None and y is not None:
-                reached, (wanted, reference) = x[0], y[1]
-                for inputs in (x[1], reference) if self.both else (x[1],):
-                    self._bring(moments, reached, inputs, wanted, batch)
+                reached = x[0]
+                self._bring(moments, reached, x[1], y[1], batch)
         if reached is None and len(self.solved) < len(self.layers):
             raise ValueError(OTHER_WAY)
         return reached, moments
 
-    def _resume(self, call: Call, *, dense: bool) -> tuple[Layer, Any] | None:
+    def _resume(self, call: Call, *, dense: bool) -> tuple[Layer, Passing] | None:
         """Let ``call`` go on, as the reference if ``dense``, with the tensors that modules held when it stopped."""
         self.dense = dense
         with self.attributes.of(call, watch=False), holding(self.reference) if dense else nullcontext():
-            stop: tuple[Layer, Any] | None = call.resume()
+            stop: tuple[Layer, Passing] | None = call.resume()
         return stop
 
     def _reach(self, layer: Layer, x: Tensor, multiply: Multiply) -> Tensor:
-        """Stand in for a layer's product: hand out what it gets, the reference what it gives too; go on once solved."""
+        """Stand in for a layer's product: hand out what passes by, and go on when the layer is solved."""
+        added = self.residuals.of(layer)
         if self.dense:
             y = multiply()
-            hand_out(layer, (y.detach(), x.detach()), known=layer in self.solved)
+            hand_out(layer, Passing(x.detach(), y.detach(), added), known=layer in self.solved)
             return y
-        hand_out(layer, x.detach(), known=layer in self.solved)
+        hand_out(layer, Passing(x.detach(), None, added), known=layer in self.solved)
         weight, bias = self.solved[layer]
         return multiply((weight, layer.bias if bias is None else bias))
 
@@ -153,7 +175,8 @@ class Pass:
 
     def _rehearse(self, batch: Batch, *, sample_axes: bool) -> None:
         """See what reaches the layers, and refuse what a pass would get wrong."""
-        once = self._seen(batch.inputs)
+        with self.residuals.looking() if self.sums else nullcontext() as watch:
+            once = self._seen(batch.inputs, watch=watch)
         for layer in self.layers:
             if layer not in once:
                 raise ValueError(
@@ -190,10 +213,10 @@ class Pass:
                 last = 0 if layer.convolution else len(once[layer].shape) - 2
                 self.axes[layer] = sample_axis(layer.label, batch.size, once[layer], twice.get(layer), last)
 
-    def _seen(self, inputs: Any, *, zero: bool = False) -> dict[Layer, Seen]:
+    def _seen(self, inputs: Any, *, zero: bool = False, watch: Watch | None = None) -> dict[Layer, Seen]:
         """Return the shape of each layer's input when the model gets ``inputs``, and a mixture of its last axis.
 
-        With ``zero`` the layers multiply with zeros instead of their weights.
+        With ``zero`` the layers multiply with zeros instead of their weights. ``watch`` sees what they give.
         """
         found: dict[Layer, Seen] = {}
         sources: list[tuple[Layer, Source | None]] = []
@@ -207,6 +230,8 @@ class Pass:
                     layer.check(x)
             found[layer] = seen(x)
             self.attributes.look()
+            if watch is not None:
+                watch.gives(layer, y)
             sources.append((layer, Source.of(x.detach(), *layer.use())))
             return y
 
@@ -219,8 +244,21 @@ class Pass:
 
     # --- the pass
 
-    def _bring(self, moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch) -> None:
-        """Add a stream's inputs ``x`` and the reference's outputs ``y`` to the moments."""
+    def _bring(self, moments: Moments, layer: Layer, pruned: Passing, dense: Passing, batch: Batch) -> None:
+        """Add what passes by ``layer`` in both calls of a batch to the moments."""
+        wanted = y = dense.y
+        if layer in self.residuals.places:
+            parts = [part for part in (y, dense.added, pruned.added) if part is not None and part.shape == y.shape]
+            if len(parts) < 3:
+                raise ValueError(OTHER_WAY)
+            y, ours, theirs = (part.to(wide(part.dtype)) for part in parts)
+            wanted = y + (ours - theirs)
+        self._add(moments, layer, pruned.x, wanted, batch)
+        if self.dense_inputs:
+            self._add(moments, layer, dense.x, dense.y, batch, self.dense_inputs)
+
+    def _add(self, moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch, weight: float = 1.0) -> None:
+        """Add inputs ``x`` and the outputs ``y`` that are wanted for them, of which each row has a ``weight``."""
         axis = self.axes.get(layer, 0)
         x, y = x.movedim(axis, 0), y.movedim(axis, 0)
         if x.dim() != y.dim() or x.shape[0] != y.shape[0] or (not layer.convolution and x.shape[:-1] != y.shape[:-1]):
@@ -244,9 +282,9 @@ class Pass:
 
         wanted = layer in self.followed or moments.before is not None
         source = Source.of(x, batch, axis, *layer.use()) if wanted else None
-        known = moments.reads(source, lambda: (of(layer.inputs, x, start) for start in starts))
+        known = moments.reads(source, lambda: (of(layer.inputs, x, start) for start in starts), weight)
         for start in starts:
-            moments.add(of(layer.inputs, x, start), of(layer.outputs, y, start), known=known)
+            moments.add(of(layer.inputs, x, start), of(layer.outputs, y, start), weight, known=known)
 
     def _solution(self, layer: Layer, moments: Moments, batches: Sequence[Batch]) -> Solution:
         if not moments.count:
