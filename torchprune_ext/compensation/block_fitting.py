@@ -32,10 +32,14 @@ from torchprune_ext.compensation.block_outputs import (
 )
 from torchprune_ext.compensation.blocks import replaced, side_by_side
 from torchprune_ext.compensation.coroutines import Call, hand_out
-from torchprune_ext.compensation.descent import Descent, Free, MakeOptimizer, Parts, descend, measured
+from torchprune_ext.compensation.descent import Descent, Free, MakeOptimizer, Parts, checked, descend, measured
 from torchprune_ext.compensation.streams import Tables, holding
 from torchprune_ext.compensation.survivors import Held
 
+OTHER_WAY = (
+    "batches of loader or held_out take different ways through the model. Pass such that call the same blocks, each "
+    "once, or blocks=[model] for the model as one block."
+)
 Stop = tuple[nn.Module, Any] | None  # a block, and what goes in or comes out there; None at the end of the model
 Stops = tuple[Stop, Stop, State]  # of the reference and of what is fitted, and what modules keep there
 
@@ -162,6 +166,7 @@ class Task:
                 )
         if sequence:
             self._refuse_shared()
+            self._refuse_frozen()
             for block, [call] in seen.items():
                 self._refuse_memory(block, *call)
         masked = [batch for batch in [*fit, *aside] if batch.mask is not None]
@@ -175,7 +180,7 @@ class Task:
     def _refuse_memory(self, block: nn.Module, args: Any, kwargs: Any, state: Any, output: Any) -> None:
         """Refuse a block that cannot be called again and again with the same arguments, forwards and backwards."""
         free, error = [each.parameter for each in self.free.values()], None
-        again = [output]
+        again, moved = [output], not self._free_in(block)
         try:
             with torch.enable_grad():
                 for _ in range(2):
@@ -183,6 +188,7 @@ class Task:
                     again.append(block.forward(*copied(args), **copied(kwargs)))
                     total = sum(tensor.sum() for tensor in tensors_of(again[-1]))
                     if isinstance(total, Tensor) and total.requires_grad:
+                        moved = True
                         torch.autograd.grad(total, free, allow_unused=True)
         except (RuntimeError, IndexError, ValueError) as raised:
             error = raised
@@ -193,6 +199,25 @@ class Task:
                 f"{self.calls.blocks[block]} gives another output, or fails, when it is called again with the same "
                 "arguments, as with a cache of keys and values. Switch that off (use_cache=False), or pass whole=True."
             ) from error
+        if not moved:
+            raise ValueError(
+                f"{self.calls.blocks[block]} gives what does not depend on any of its tensors that may change, as "
+                "where it computes under torch.no_grad(). Leave it out of blocks, or pass whole=True."
+            )
+
+    def _free_in(self, block: nn.Module) -> list[Free]:
+        """Return what may change with ``block``: what stands nowhere else."""
+        inside = set(block.modules())
+        return [each for held, each in self.free.items() if held.modules <= inside]
+
+    def _refuse_frozen(self) -> None:
+        """Refuse blocks none of which holds anything that may change."""
+        if self.calls.inner and not any(map(self._free_in, self.calls.inner)):
+            names = ", ".join(self.calls.blocks[block] for block in self.calls.inner)
+            raise ValueError(
+                f"nothing in blocks may change: {names} hold nothing that requires grad and stands nowhere else. Let "
+                "something require grad, list other blocks, or pass whole=True."
+            )
 
     def _refuse_shared(self) -> None:
         """Refuse blocks that hold the same tensor, which cannot be fitted one after the other."""
@@ -235,18 +260,25 @@ class Task:
 
         def parts() -> Tensor:
             with torch.no_grad(), holding(self.reference):
-                dense = self.calls.outputs(batch.inputs)
-            found = self.calls.outputs(batch.inputs)
+                dense = self._outputs(batch)
+            found = self._outputs(batch)
             each = zip(self.distances, found, dense, strict=True)
             return torch.stack([compare(mine, other, batch) for compare, mine, other in each])
 
         return parts
 
+    def _outputs(self, batch: Batch) -> list[Any]:
+        """Return what the blocks and the model give for ``batch``."""
+        found = self.calls.outputs(batch.inputs)
+        if any(len(seen) != 1 for seen in self.calls.seen.values()):
+            raise ValueError(OTHER_WAY)
+        return found
+
     # --- one block after the other
 
     def sequence(self) -> Refined:
         """Fit one block after the other, each on what the fitted ones before it give."""
-        before = measured([(counted(batch), self._end_parts(batch)) for batch in self.aside])
+        before = checked(measured([(counted(batch), self._end_parts(batch)) for batch in self.aside]))
         start = [(free, free.parameter.detach().clone()) for free in self.free.values()]
         batches = [*self.fit, *self.aside]
         device = self.run.device.type
@@ -266,6 +298,8 @@ class Task:
                     block = self._common(stops)
                     done[block] = self._fit_block(block, stops, bar)
                     next(steps, None)
+                if any(stop is not None for each in calls for stop in self._resume(*each)[:2]):
+                    raise ValueError(OTHER_WAY)
         finally:
             self.attributes.put()
         next(steps, None)
@@ -309,17 +343,13 @@ class Task:
         reached = {None if stop is None else stop[0] for *pair, _ in stops for stop in pair}
         block = reached.pop()
         if reached or block is None or block in self.done:
-            raise ValueError(
-                "loader: batches take different ways through the model. Pass such that call the same blocks, or "
-                "whole=True."
-            )
+            raise ValueError(OTHER_WAY)
         return block
 
     def _fit_block(self, block: nn.Module, stops: Sequence[Stops], bar: Iterable[Any]) -> Descent:
         """Fit ``block`` to what the reference's gave at ``stops``, one for each batch."""
         compare = self.distances[self.calls.inner.index(block)]
-        inside = set(block.modules())
-        free = [each for held, each in self.free.items() if held.modules <= inside]
+        free = self._free_in(block)
 
         def parts_of(batch: Batch, dense: Any, fitted: Any, state: State) -> Parts:
             (_, target), (_, (forward, args, kwargs)) = dense, fitted

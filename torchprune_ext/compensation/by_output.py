@@ -8,7 +8,7 @@ it went. Shares move towards the layers whose entries cost least, and all is don
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from math import floor, inf, isfinite
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torchprune_ext._layers import Layer, Solution
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._runs import Run, calibrating
 from torchprune_ext._statistics import Key
-from torchprune_ext.compensation.block_outputs import Calls, Distance, counted, sample_axes
+from torchprune_ext.compensation.block_outputs import Calls, Distance, counted, gradients, sample_axes
 from torchprune_ext.compensation.fitting import Decide, Fitted, Task
 from torchprune_ext.compensation.solvers import Problem, refit, wanda_scores
 from torchprune_ext.compensation.streams import holding
@@ -32,6 +32,10 @@ APART = 1.5  # between the odds of a layer's share, gone to left, and the odds a
 STEP = 2.0  # most by which these odds change from one round to the next, at the first of
 POWERS = 2, 4  # of the odds with which prices are taken to rise: at first, and at last, after rounds that failed
 ROUNDS = 8  # at most; seldom more than three
+NONE = (
+    "allocation='auto' differentiates the model's output, which depends on none of params here, as when the model "
+    "computes under torch.no_grad(). Leave allocation out, or pass amounts as target_sparsity=."
+)
 
 
 class Kept(NamedTuple):
@@ -309,12 +313,12 @@ class Search:
                     with torch.no_grad():
                         with holding(self.task.reference):
                             dense = run.output(batch.inputs)
+                        error = partial(_error, compare, run, dense, batch)
                         with holding(pruned):
-                            total += float(_error(compare, run.output(batch.inputs), dense, batch))
+                            total += float(error())
                     with holding(between):
-                        error = _error(compare, run.output(batch.inputs), dense, batch)
-                        gradients = _gradients(error, weights)
-                for (place, change), gradient in zip(changes, gradients, strict=True):
+                        _, slopes = gradients(error, weights, NONE)
+                for (place, change), gradient in zip(changes, slopes, strict=True):
                     if gradient is not None:
                         rises[place] += float((gradient.double() * change).sum())
             if not all(map(isfinite, rises)):
@@ -357,19 +361,9 @@ def _odds(gone: float) -> float:
     return gone / (1 - gone) if gone < 1 else inf
 
 
-def _gradients(error: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return the gradient of ``error`` for each of ``weights``; None where it does not depend on it."""
-    if not error.requires_grad:
-        raise ValueError(
-            "allocation='auto' differentiates the model's output, which depends on none of params here, as when the "
-            "model computes under torch.no_grad(). Leave allocation out, or pass amounts as target_sparsity=."
-        )
-    return torch.autograd.grad(error, weights, allow_unused=True)
-
-
-def _error(compare: Distance, output: Any, dense: Any, batch: Batch) -> Tensor:
-    """Return how far the output is from the dense model's, over what counts of ``batch``."""
-    error = compare(output, dense, batch)
+def _error(compare: Distance, run: Run, dense: Any, batch: Batch) -> Tensor:
+    """Return how far the output of the model is from the dense one's, over what counts of ``batch``."""
+    error = compare(run.output(batch.inputs), dense, batch)
     if not error.isfinite():
         raise ValueError(
             "the model's output holds NaN or infinity on the data kept aside, or squares beyond the range. Check the "
