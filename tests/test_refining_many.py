@@ -249,3 +249,18 @@ def test_a_model_of_one_linear_block_is_one_of_blocks():
     done = tpe.refine(model, data(40), dense=dense, blocks=["0", "2"], epochs=2, optimizer=adam(1e-2), **QUIET)
     assert [row.name for row in done.blocks] == ["0", "2"]
     assert done.model.best
+
+
+@pytest.mark.filterwarnings("ignore:fewer rows of data")
+def test_nan_in_samples_that_do_not_count_does_not_hide_the_blocks(monkeypatch):
+    """Else these batches would be run from the start of the model, with a warning, which is an error here."""
+    states = []
+    for window in (100, 0):
+        monkeypatch.setattr(coroutines, "WINDOW", window)
+        model, dense, params = made(layers=2)
+        batches = data(3)
+        for x in batches:
+            x[0] = float("nan")
+        tpe.compensate(model, batches, params, dense=dense, sample_mask=lambda x: torch.arange(len(x)) > 0, **QUIET)
+        states.append(model.state_dict())
+    assert all(map(torch.equal, states[0].values(), states[1].values()))

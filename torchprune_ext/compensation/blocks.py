@@ -284,7 +284,11 @@ def _told(tree: Any) -> list[Seen]:
 def _same(one: Told, other: Told) -> bool:
     """Return whether what went in and what came out is the same."""
     return all(
-        len(a) == len(b) and all(x.shape == y.shape and x.mixed.equal(y.mixed) for x, y in zip(a, b, strict=True))
+        len(a) == len(b)
+        and all(
+            x.shape == y.shape and x.mixed.allclose(y.mixed, rtol=0, atol=0, equal_nan=True)
+            for x, y in zip(a, b, strict=True)
+        )
         for a, b in zip(one, other, strict=True)
     )
 
