@@ -64,9 +64,9 @@ def refine(
     Args:
         model: any module, commonly pruned, and not compiled.
         loader: at least two batches as for :mod:`torchprune_ext.calibration`; targets are not used. Each is a step.
-        blocks: modules of the model or their names, each called once by every batch. By default the members of the model's
-            lists of modules, such as the layers of a transformer, if they hold most of what is pruned; else the model
-            is one block, as ``[model]`` is.
+        blocks: modules of the model or their names, each called once by every batch. By default the members of the
+            model's lists of modules, such as the layers of a transformer, if they hold most of what is pruned; else the
+            model is one block, as ``[model]`` is.
         dense: the reference model, see :func:`.compensate`; by default the model as it is, with the values under all of
             its masks.
         epochs: most passes over the batches that are not kept aside; each in another order, the same in every call.
