@@ -53,14 +53,17 @@ def test_steps_are_taken_cheapest_first_and_none_that_is_not_needed(masks, data)
     most = total - sum(each.alive[0] for each in columns if each.alive)
     goal = data.draw(st.integers(dead, most))
     prices = [data.draw(st.sampled_from([0.0, 1.0, 2.0])) for _ in columns]
-    keep = share(columns, goal, lambda place, gone: prices[place] * gone)
+    kept = share(columns, goal, lambda place, gone: prices[place] * gone)
+    keep, more = [each.most for each in kept], sum(each.more for each in kept)
+    assert sum(each.more > 0 for each in kept) <= 1
 
     def left(place, count):  # the definition: rows lose entries until they have at most so many
         return sum(min(sum(row), count) for row in masks[place])
 
     assert all(count >= min(1, len(each.alive)) for count, each in zip(keep, columns, strict=True))
     reached = total - sum(left(place, count) for place, count in enumerate(keep))
-    assert reached >= goal
+    assert reached - more == goal
+    assert all(each.more <= sum(sum(row) > each.most for row in mask) for each, mask in zip(kept, masks, strict=True))
     for place, (count, each) in enumerate(zip(keep, columns, strict=True)):
         if count < len(each.alive):  # a step back would miss the goal
             assert reached - (left(place, count + 1) - left(place, count)) < goal
@@ -74,13 +77,13 @@ def test_steps_are_taken_cheapest_first_and_none_that_is_not_needed(masks, data)
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.93])
 def test_the_budget_is_met_over_all_entries(sparsity):
-    """To less than one entry of each row of the narrowest layer; no row loses all."""
+    """And no row loses all."""
     model, params, data = network()
     fits = auto(model, data, params, target_sparsity=sparsity, allocation="auto")
-    assert 0 <= gone(params) - round(sparsity * 960) < 24
+    assert gone(params) == round(sparsity * 960)
     assert gone(params) == sum(fit.pruned for fit in fits.values())
     for module, _ in params:
-        assert len(set(module.weight_mask.sum(1).tolist())) == 1
+        assert len(set(module.weight_mask.sum(1).tolist())) <= 2
         assert module.weight_mask.sum(1).min() >= 1
 
 
@@ -162,7 +165,7 @@ def test_the_order_of_params_does_not_matter():
 def test_shares_are_chosen_for_the_criterion_that_is_asked_for(criterion):
     model, params, data = network()
     fits = auto(model, data, params, target_sparsity=0.6, allocation="auto", criterion=criterion, steps=2)
-    assert 0 <= gone(params) - 576 < 24
+    assert gone(params) == 576
     assert min(fits.rounds) < fits.rounds[0]
 
 
@@ -177,7 +180,7 @@ def test_convolutions_groups_and_layers_without_bias():
     params, data = tpe.prunable_parameters(model), [torch.randn(30, 2, 6, 6) for _ in range(5)]
     total = sum(module.weight.numel() for module, _ in params)
     auto(model, data, params, target_sparsity=0.5, allocation="auto")
-    assert 0 <= gone(params) - round(0.5 * total) < 3
+    assert gone(params) == round(0.5 * total)
     assert model[0].bias is None
 
 
@@ -233,7 +236,7 @@ def test_a_layer_of_zeros_and_one_that_nothing_depends_on():
     model, data = Model(), [torch.randn(40, 8) for _ in range(5)]
     params = tpe.prunable_parameters(model)
     fits = auto(model, data, params, target_sparsity=0.5, allocation="auto")
-    assert 0 <= sum(fit.pruned for fit in fits.values()) - 128 < 8
+    assert sum(fit.pruned for fit in fits.values()) == 128
     shares = {module: fit.sparsity for (module, _), fit in fits.items()}
     assert min(shares[model.zero], shares[model.idle]) > max(shares[model.a], shares[model.head])
 
@@ -245,7 +248,7 @@ def test_what_is_pruned_already_counts_and_stays_pruned():
     tpe.global_unstructured(params, target_sparsity=0.4)
     before = [module.weight_mask.clone() for module, _ in params]
     auto(model, data, params, target_sparsity=0.6, allocation="auto", dense=dense)
-    assert 0 <= gone(params) - 576 < 24
+    assert gone(params) == 576
     assert all((module.weight_mask <= mask).all() for (module, _), mask in zip(params, before, strict=True))
 
 

@@ -270,7 +270,10 @@ def _moved(tree: Any, device: torch.device) -> Any:
             )
         return leaf
 
-    return tree_map(lambda leaf: leaf.to(device), tree, other)
+    def moved(leaf: Tensor) -> Tensor:
+        return (leaf.clone() if leaf.is_inference() else leaf).to(device)  # those cannot be saved for a gradient
+
+    return tree_map(moved, tree, other)
 
 
 def _refuse_lists_of_samples(inputs: Any, targets: Any) -> None:

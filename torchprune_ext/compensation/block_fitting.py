@@ -1,9 +1,9 @@
 """Gradient steps on the blocks of a model, one block after the other, or on all of the model at once.
 
-In sequence, each batch is two coroutines, one of the reference model and one of the model that is fitted, which stop at
-each block: the block is fitted to what the reference's gives there, from what the fitted blocks before it give, and all
-go on. What is held at a time is what all batches need between two blocks, and one block's gradients. As a whole, the
-reference model runs again for each batch, so that one batch's outputs are all that is held.
+In sequence, each batch is two calls, one of the reference model and one of the model that is fitted, which stop at each
+block: the block is fitted to what the reference's gives there, from what the fitted blocks before it give, and all go
+on, see ``coroutines.py``. What is held at a time is what all batches need between two blocks, and one block's
+gradients. As a whole, the reference model runs again for each batch, so that one batch's outputs are all that is held.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from torchprune_ext._batches import Batch
 from torchprune_ext._loading import with_progress
 from torchprune_ext._runs import Run
 from torchprune_ext._tables import table
-from torchprune_ext.compensation.attributes import Attributes
+from torchprune_ext.compensation.attributes import Attributes, State
 from torchprune_ext.compensation.block_outputs import (
     Blocks,
     Calls,
@@ -30,13 +30,18 @@ from torchprune_ext.compensation.block_outputs import (
     sample_axes,
     tensors_of,
 )
-from torchprune_ext.compensation.blocks import replaced
-from torchprune_ext.compensation.coroutines import Coroutine, hand_out
-from torchprune_ext.compensation.descent import Descent, Free, MakeOptimizer, Parts, descend, measured
+from torchprune_ext.compensation.blocks import replaced, side_by_side
+from torchprune_ext.compensation.coroutines import Call, hand_out
+from torchprune_ext.compensation.descent import Descent, Free, MakeOptimizer, Parts, checked, descend, measured
 from torchprune_ext.compensation.streams import Tables, holding
 from torchprune_ext.compensation.survivors import Held
 
-Stop = tuple[nn.Module | None, Any]  # a block, or None at the end of the model, and what goes in or comes out there
+OTHER_WAY = (
+    "batches of loader or held_out take different ways through the model. Pass such that call the same blocks, each "
+    "once, or blocks=[model] for the model as one block."
+)
+Stop = tuple[nn.Module, Any] | None  # a block, and what goes in or comes out there; None at the end of the model
+Stops = tuple[Stop, Stop, State]  # of the reference and of what is fitted, and what modules keep there
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,7 @@ class Task:
         self.fit: list[Batch] = []
         self.aside: list[Batch] = []
         self.dense = False  # whether it is the reference that runs
+        self.done: dict[nn.Module, Descent] = {}  # the blocks that are fitted, in sequence
 
     # --- the rehearsal
 
@@ -160,6 +166,7 @@ class Task:
                 )
         if sequence:
             self._refuse_shared()
+            self._refuse_frozen()
             for block, [call] in seen.items():
                 self._refuse_memory(block, *call)
         masked = [batch for batch in [*fit, *aside] if batch.mask is not None]
@@ -173,7 +180,7 @@ class Task:
     def _refuse_memory(self, block: nn.Module, args: Any, kwargs: Any, state: Any, output: Any) -> None:
         """Refuse a block that cannot be called again and again with the same arguments, forwards and backwards."""
         free, error = [each.parameter for each in self.free.values()], None
-        again = [output]
+        again, moved = [output], not self._free_in(block)
         try:
             with torch.enable_grad():
                 for _ in range(2):
@@ -181,6 +188,7 @@ class Task:
                     again.append(block.forward(*copied(args), **copied(kwargs)))
                     total = sum(tensor.sum() for tensor in tensors_of(again[-1]))
                     if isinstance(total, Tensor) and total.requires_grad:
+                        moved = True
                         torch.autograd.grad(total, free, allow_unused=True)
         except (RuntimeError, IndexError, ValueError) as raised:
             error = raised
@@ -191,6 +199,25 @@ class Task:
                 f"{self.calls.blocks[block]} gives another output, or fails, when it is called again with the same "
                 "arguments, as with a cache of keys and values. Switch that off (use_cache=False), or pass whole=True."
             ) from error
+        if not moved:
+            raise ValueError(
+                f"{self.calls.blocks[block]} gives what does not depend on any of its tensors that may change, as "
+                "where it computes under torch.no_grad(). Leave it out of blocks, or pass whole=True."
+            )
+
+    def _free_in(self, block: nn.Module) -> list[Free]:
+        """Return what may change with ``block``: what stands nowhere else."""
+        inside = set(block.modules())
+        return [each for held, each in self.free.items() if held.modules <= inside]
+
+    def _refuse_frozen(self) -> None:
+        """Refuse blocks none of which holds anything that may change."""
+        if self.calls.inner and not any(map(self._free_in, self.calls.inner)):
+            names = ", ".join(self.calls.blocks[block] for block in self.calls.inner)
+            raise ValueError(
+                f"nothing in blocks may change: {names} hold nothing that requires grad and stands nowhere else. Let "
+                "something require grad, list other blocks, or pass whole=True."
+            )
 
     def _refuse_shared(self) -> None:
         """Refuse blocks that hold the same tensor, which cannot be fitted one after the other."""
@@ -233,46 +260,50 @@ class Task:
 
         def parts() -> Tensor:
             with torch.no_grad(), holding(self.reference):
-                dense = self.calls.outputs(batch.inputs)
-            found = self.calls.outputs(batch.inputs)
+                dense = self._outputs(batch)
+            found = self._outputs(batch)
             each = zip(self.distances, found, dense, strict=True)
             return torch.stack([compare(mine, other, batch) for compare, mine, other in each])
 
         return parts
 
+    def _outputs(self, batch: Batch) -> list[Any]:
+        """Return what the blocks and the model give for ``batch``."""
+        found = self.calls.outputs(batch.inputs)
+        if any(len(seen) != 1 for seen in self.calls.seen.values()):
+            raise ValueError(OTHER_WAY)
+        return found
+
     # --- one block after the other
 
     def sequence(self) -> Refined:
         """Fit one block after the other, each on what the fitted ones before it give."""
-        before = measured([(counted(batch), self._end_parts(batch)) for batch in self.aside])
+        before = checked(measured([(counted(batch), self._end_parts(batch)) for batch in self.aside]))
         start = [(free, free.parameter.detach().clone()) for free in self.free.values()]
         batches = [*self.fit, *self.aside]
         device = self.run.device.type
-        bar = with_progress(self.calls.inner, "refine", None, self.recipe.progress)
+        inner = self.calls.inner
+        bar = with_progress(inner, "refine", None, self.recipe.progress)
         steps = iter(bar)
-        works = [partial(self._to_the_end, batch.inputs) for batch in batches]
-        calls = [(Coroutine(work, device), Coroutine(work, device)) for work in works]
-        done: dict[nn.Module, Descent] = {}
+        self.done.clear()
+        done = self.done
         try:
-            with replaced(self.calls.inner, self._reach):
-                while len(done) < len(self.calls.inner):
+            with (
+                side_by_side(self.run, inner, batches, device, None, streams=2) as (calls, blocks),
+                replaced(inner, self._reach),
+                blocks.standing_in(),
+            ):
+                while len(done) < len(inner):
                     stops = [self._resume(*each) for each in calls]
-                    block = self._common(stops, done)
-                    done[block] = self._fit_block(block, stops, [fitted for _, fitted in calls], bar)
+                    block = self._common(stops)
+                    done[block] = self._fit_block(block, stops, bar)
                     next(steps, None)
-                for call in calls[: len(self.fit)]:
-                    for each in call:
-                        each.close()
-                ends = [self._resume(*each) for each in calls[len(self.fit) :]]
+                if any(stop is not None for each in calls for stop in self._resume(*each)[:2]):
+                    raise ValueError(OTHER_WAY)
         finally:
-            for call in calls:
-                for each in call:
-                    each.close()
             self.attributes.put()
         next(steps, None)
-        after = measured(
-            [(counted(batch), self._ended(batch, *stops)) for batch, stops in zip(self.aside, ends, strict=True)]
-        )
+        after = measured([(counted(batch), self._end_parts(batch)) for batch in self.aside])
         better = after[0] <= before[0] and any(each.best for each in done.values())
         if not better:
             for free, values in start:
@@ -288,19 +319,16 @@ class Task:
         end = after[0] if better else before[0]
         return Refined(tuple(rows), RefinedBlock(name, before[0], end, kept, epochs))
 
-    def _to_the_end(self, inputs: Any) -> None:
-        _stop_at(None, self.run.output(inputs))
-
     def _reach(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for a block's forward: hand out what it gives or gets, and go on when the block is fitted."""
         if self.dense:
             output = forward(*args, **kwargs)
-            _stop_at(block, output)
+            hand_out(block, output, known=block in self.done)
             return output
-        _stop_at(block, (forward, args, kwargs))
+        hand_out(block, (forward, args, kwargs), known=block in self.done)
         return forward(*args, **kwargs)
 
-    def _resume(self, dense: Coroutine, fitted: Coroutine) -> tuple[Stop, Stop]:
+    def _resume(self, dense: Call, fitted: Call) -> Stops:
         """Let both calls of a batch go on to the next block, and return where they stop."""
         self.dense = True
         with self.attributes.of(dense), holding(self.reference):
@@ -308,42 +336,32 @@ class Task:
         self.dense = False
         with self.attributes.of(fitted):
             mine: Stop = fitted.resume()
-        return other, mine
+        return other, mine, self.attributes.now()
 
-    def _common(self, stops: Sequence[tuple[Stop, Stop]], done: Mapping[nn.Module, Descent]) -> nn.Module:
+    def _common(self, stops: Sequence[Stops]) -> nn.Module:
         """Return the block at which all calls have stopped."""
-        reached = {stop[0] for pair in stops for stop in pair}
+        reached = {None if stop is None else stop[0] for *pair, _ in stops for stop in pair}
         block = reached.pop()
-        if reached or block is None or block in done:
-            raise ValueError(
-                "loader: batches take different ways through the model. Pass such that call the same blocks, or "
-                "whole=True."
-            )
+        if reached or block is None or block in self.done:
+            raise ValueError(OTHER_WAY)
         return block
 
-    def _fit_block(
-        self,
-        block: nn.Module,
-        stops: Sequence[tuple[Stop, Stop]],
-        calls: Sequence[Coroutine],
-        bar: Iterable[Any],
-    ) -> Descent:
+    def _fit_block(self, block: nn.Module, stops: Sequence[Stops], bar: Iterable[Any]) -> Descent:
         """Fit ``block`` to what the reference's gave at ``stops``, one for each batch."""
         compare = self.distances[self.calls.inner.index(block)]
-        inside = set(block.modules())
-        free = [each for held, each in self.free.items() if held.modules <= inside]
+        free = self._free_in(block)
 
-        def parts_of(batch: Batch, dense: Stop, fitted: Stop, call: Coroutine) -> Parts:
+        def parts_of(batch: Batch, dense: Any, fitted: Any, state: State) -> Parts:
             (_, target), (_, (forward, args, kwargs)) = dense, fitted
 
             def parts() -> Tensor:
-                self.attributes.put(self.attributes.held.get(call))
+                self.attributes.put(state)
                 return compare(forward(*copied(args), **copied(kwargs)), target, batch).reshape(1)
 
             return parts
 
         batches = [*self.fit, *self.aside]
-        each = [parts_of(batch, *pair, call) for batch, pair, call in zip(batches, stops, calls, strict=True)]
+        each = [parts_of(batch, *stop) for batch, stop in zip(batches, stops, strict=True)]
         aside = [(counted(batch), parts) for batch, parts in zip(self.aside, each[len(self.fit) :], strict=True)]
         if not free:
             now = measured(aside)
@@ -360,13 +378,6 @@ class Task:
             return self.distances[-1](self.run.output(batch.inputs), dense, batch).reshape(1)
 
         return parts
-
-    def _ended(self, batch: Batch, dense: Stop, fitted: Stop) -> Parts:
-        return lambda: self.distances[-1](fitted[1], dense[1], batch).reshape(1)
-
-
-def _stop_at(block: nn.Module | None, value: Any) -> None:
-    hand_out(block, value, known=False)
 
 
 def _tell(bar: Any, error: float) -> None:

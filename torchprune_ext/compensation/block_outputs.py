@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torchprune_ext._batches import Batch, leaves, mask_rows, tree_map
 from torchprune_ext._host import pruned
 from torchprune_ext._rows import MIXED, sample_axis, seen
-from torchprune_ext._runs import Run, check_shape, wide
+from torchprune_ext._runs import Run, wide
 from torchprune_ext.compensation.attributes import Attributes
 from torchprune_ext.compensation.blocks import replaced
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Blocks = dict[nn.Module, str]  # each with how it is called
 SAME = 1e-4  # relative squared error below which two outputs are one
+SCALES = 2.0**16, 2.0**8, 1.0  # of an error while it is differentiated, the first whose gradient is finite
 
 
 # ----------------------------------------------------------------------------------------------------- which there are
@@ -173,13 +174,57 @@ class Distance:
         for place, (a, b) in enumerate(zip(mine, others, strict=True)):
             if batch.mask is not None and self.axes is not None:
                 a, b = (self._counted(tensor, self.axes[place], batch.mask) for tensor in (a, b))
-            errors.append(relative_error(a, b) if self.loss is None else check_shape(self.loss(a, b)))
+            errors.append(relative_error(a, b) if self.loss is None else _number(self.loss(a, b), a))
         return torch.stack(errors).mean()
 
     def _counted(self, tensor: Tensor, axis: int, mask: Tensor) -> Tensor:
         """Return the rows of ``tensor``, along its last axis, that count."""
         rows = _wide(tensor).movedim(axis, 0).flatten(0, -2)
         return rows[mask_rows(mask, len(rows) // len(mask), self.where).to(rows.device)]
+
+
+def _number(loss: object, output: Tensor) -> Tensor:
+    """Return what ``loss=`` gave for ``output``, without axes, a number with a gradient where one is needed."""
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"loss= gave a {type(loss).__name__}, not a tensor. Return what torch computes, without item()."
+        )
+    if loss.numel() != 1:
+        raise ValueError(f"loss= gave a tensor of shape {tuple(loss.shape)}, not a number. Return its mean.")
+    if not loss.is_floating_point():
+        raise ValueError(f"loss= gave a tensor of {loss.dtype}, not of floating point. Return it as float().")
+    if torch.is_grad_enabled() and output.requires_grad and not loss.requires_grad:
+        raise ValueError(
+            "loss= gave a number that has no gradient. Compute it from its first argument by what has one, without "
+            "detach(); one that counts can only decide, as it does where the blocks are fitted one after the other."
+        )
+    return loss.reshape(())
+
+
+def gradients(
+    error: Callable[[], Tensor], tensors: Sequence[Tensor], refusal: str
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return an error and its gradient for each of ``tensors``, in float32 at least; None where there is none.
+
+    The error is scaled by a power of two meanwhile, as in mixed precision training: in half precision, the gradient of
+    a mean over many outputs would be too small to be told from 0.
+
+    Args:
+        error: computes it.
+        tensors: what to differentiate for.
+        refusal: what to say where it depends on none of them.
+
+    Source: Micikevicius et al. 2018, *Mixed Precision Training*, arXiv:1710.03740, section 3.2.
+    """
+    for scale in SCALES:
+        total = error()
+        if not total.requires_grad:
+            raise ValueError(refusal)
+        each = torch.autograd.grad(total * scale, tensors, allow_unused=True)
+        found: list[Tensor | None] = [None if part is None else part.to(wide(part.dtype)) / scale for part in each]
+        if all(part is None or part.isfinite().all() for part in found):
+            break
+    return total, found
 
 
 def counted(batch: Batch) -> int:

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchprune_ext._batches import Batch
+from torchprune_ext._batches import Batch, leaves
 from torchprune_ext._checks import warn
-from torchprune_ext._rows import seen
+from torchprune_ext._rows import Seen, seen
 from torchprune_ext._runs import Run
 from torchprune_ext.compensation.coroutines import Call, Replay, calls_of, hand_out, running
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+Told = tuple[list[Seen], list[Seen]]  # of what goes into a module, and of what comes out
 PLAIN = (bool, int, float, str, type(None))
 OTHER_WAY = "loader: batches take different ways through the model. Pass such that call the same layers."
 
@@ -177,12 +178,13 @@ def _blocks_for(
         remedy = "Leave offload= out, or pass" if folder is not None else "Pass"
         warn(
             f"{anew} of the {len(batches)} batches are run from the start of the model for each of the {len(stops)} "
-            f"layers, since only {len(calls) - anew} can wait in the middle of it, and no parts of it could be told "
-            f"apart that are run once each, one after the other. {remedy} fewer and larger batches."
+            f"layers or blocks, since only {len(calls) - anew} can wait in the middle of it, and no parts of it "
+            f"could be told apart that are run once each, one after the other. {remedy} fewer and larger batches."
         )
     return Blocks() if blocks is None else blocks
 
 
+@torch.no_grad()
 def find_blocks(
     run: Run, stops: Sequence[nn.Module], batches: Sequence[Batch], folder: str | None = None
 ) -> Blocks | None:
@@ -195,7 +197,7 @@ def find_blocks(
         folder: where to put what blocks give.
     """
     runs = [partial(run.output, batch.inputs) for batch in (batches[0], _another(batches))]
-    wanted = [_inputs_of(stops, work) for work in runs]
+    wanted = [_met(stops, work) for work in runs]
     candidates = [_called_once(modules, runs[0]) for modules in _candidates(run.model, stops)]
     fitting = [modules for modules in candidates if modules]
     by_time = sorted(fitting, key=lambda modules: _cost(modules, stops))
@@ -258,24 +260,44 @@ def _called_once(modules: Sequence[nn.Module], work: Callable[[], object]) -> li
     return [module for module, count in times.items() if count == 1]
 
 
-def _inputs_of(stops: Sequence[nn.Module], work: Callable[[], object]) -> list[tuple[nn.Module, Any]]:
-    """Return the modules in the order in which they are called, and what is remembered of their inputs."""
+def _met(stops: Sequence[nn.Module], work: Callable[[], object]) -> list[tuple[nn.Module, Told]]:
+    """Return the modules in the order in which they are called, and what is remembered of what they get and give."""
     found = []
 
     def look(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        found.append((module, seen([*args, *kwargs.values()][0])))
-        return forward(*args, **kwargs)
+        given = _told((args, kwargs))
+        output = forward(*args, **kwargs)
+        found.append((module, (given, _told(output))))
+        return output
 
     with replaced(stops, look):
         work()
     return found
 
 
+def _told(tree: Any) -> list[Seen]:
+    """Return what is remembered of the tensors of a tree."""
+    tensors = [leaf for leaf in leaves(tree) if _is_plain(leaf)]
+    return [seen(tensor if tensor.dim() else tensor.unsqueeze(0)) for tensor in tensors]
+
+
+def _same(one: Told, other: Told) -> bool:
+    """Return whether what went in and what came out is the same."""
+    return all(
+        len(a) == len(b)
+        and all(
+            x.shape == y.shape and x.mixed.allclose(y.mixed, rtol=0, atol=0, equal_nan=True)
+            for x, y in zip(a, b, strict=True)
+        )
+        for a, b in zip(one, other, strict=True)
+    )
+
+
 def _serves(
     blocks: Blocks,
     stops: Sequence[nn.Module],
     runs: Sequence[Callable[[], object]],
-    wanted: Sequence[Sequence[tuple[nn.Module, Any]]],
+    wanted: Sequence[Sequence[tuple[nn.Module, Told]]],
     device: str,
 ) -> bool:
     """Return whether calls that take turns meet with ``blocks`` what they meet without."""
@@ -283,8 +305,10 @@ def _serves(
     calls = [Replay(work, device) for work in runs]
 
     def stop(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        hand_out(module, seen([*args, *kwargs.values()][0]), known=module in known)
-        return forward(*args, **kwargs)
+        given = _told((args, kwargs))
+        output = forward(*args, **kwargs)
+        hand_out(module, (given, _told(output)), known=module in known)
+        return output
 
     try:
         with replaced(stops, stop), blocks.standing_in():
@@ -292,12 +316,11 @@ def _serves(
                 for call, each in zip(calls, wanted, strict=True):
                     met = call.resume()
                     expected = each[place] if place < len(each) else None
-                    if (met is None) != (expected is None):
-                        return False
-                    if met is not None and expected is not None:
-                        (module, (shape, mixed)), (other, (size, values)) = met, expected
-                        if module is not other or shape != size or not mixed.equal(values):
+                    if met is None or expected is None:
+                        if met is not expected:
                             return False
+                    elif met[0] is not expected[0] or not _same(met[1], expected[1]):
+                        return False
                 known.update(each[0] for each in wanted[0][place : place + 1])
     except Exception:  # whatever a model says to NaN
         return False

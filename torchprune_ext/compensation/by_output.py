@@ -8,8 +8,9 @@ it went. Shares move towards the layers whose entries cost least, and all is don
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from math import floor, inf, isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torchprune_ext._layers import Layer, Solution
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._runs import Run, calibrating
 from torchprune_ext._statistics import Key
-from torchprune_ext.compensation.block_outputs import Calls, Distance, counted, sample_axes
+from torchprune_ext.compensation.block_outputs import Calls, Distance, counted, gradients, sample_axes
 from torchprune_ext.compensation.fitting import Decide, Fitted, Task
 from torchprune_ext.compensation.solvers import Problem, refit, wanda_scores
 from torchprune_ext.compensation.streams import holding
@@ -31,8 +32,34 @@ APART = 1.5  # between the odds of a layer's share, gone to left, and the odds a
 STEP = 2.0  # most by which these odds change from one round to the next, at the first of
 POWERS = 2, 4  # of the odds with which prices are taken to rise: at first, and at last, after rounds that failed
 ROUNDS = 8  # at most; seldom more than three
+NONE = (
+    "allocation='auto' differentiates the model's output, which depends on none of params here, as when the model "
+    "computes under torch.no_grad(). Leave allocation out, or pass amounts as target_sparsity=."
+)
 
-Goals = dict[Key, float]
+
+class Kept(NamedTuple):
+    """How many entries of a layer stay: at most so many of each row, and one more of some rows.
+
+    Args:
+        most: entries of a row.
+        more: rows that keep one more.
+    """
+
+    most: int
+    more: int = 0
+
+
+class Goals(NamedTuple):
+    """What the layers lose.
+
+    Args:
+        sparsity: of the rows of each tensor.
+        more: of tensors that have such, how many of these rows keep one entry more than that.
+    """
+
+    sparsity: dict[Key, float]
+    more: dict[Key, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +88,11 @@ class Columns:
         return 1 - kept / self.inputs
 
 
-def share(columns: Sequence[Columns], goal: int, order: Callable[[int, float], Any]) -> list[int]:
-    """Return how many entries each layer's rows keep at most, so that ``goal`` entries of all are gone.
+def share(columns: Sequence[Columns], goal: int, order: Callable[[int, float], Any]) -> list[Kept]:
+    """Return how many entries of each layer stay, so that exactly ``goal`` entries of all are gone.
 
     Steps of one entry of each row are taken until that is reached, and those that turn out not to be needed are given
-    back, the last first: less than the smallest of the steps left goes beyond it.
+    back, the last first. What still goes beyond it is less than any step left: so many rows of the last are spared.
 
     Args:
         columns: what each layer can lose.
@@ -87,11 +114,14 @@ def share(columns: Sequence[Columns], goal: int, order: Callable[[int, float], A
         keep[place] -= 1
         left -= columns[place].alive[keep[place]]
         taken.append(place)
+    last = None
     for place in reversed(taken):
         step = columns[place].alive[keep[place]]
         if left + step <= 0:
             keep[place], left = keep[place] + 1, left + step
-    return keep
+        else:
+            last = place if last is None else last
+    return [Kept(most, -left if place == last else 0) for place, most in enumerate(keep)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,12 +144,12 @@ class Round:
     """Shares, and what they came to.
 
     Args:
-        keep: how many entries each layer's rows keep at most.
+        keep: how many entries of each layer stay.
         error: of the model's output on what is kept aside.
         prices: by how much that rises for each entry of a layer that goes in addition.
     """
 
-    keep: list[int]
+    keep: list[Kept]
     error: float
     prices: list[float]
 
@@ -127,12 +157,12 @@ class Round:
 def shares_by_output(
     task: Task, target_sparsity: float, decide: Callable[[Goals], Decide]
 ) -> tuple[Goals, list[float]]:
-    """Return the sparsity of each tensor's rows, and the errors of the output in all rounds.
+    """Return what each tensor loses, and the errors of the output in all rounds.
 
     Args:
         task: the model, the listed weights and all data.
         target_sparsity: fraction of all entries of these weights that shall go.
-        decide: from the sparsity of each tensor to what a layer keeps.
+        decide: from what each tensor loses to what a layer keeps.
 
     Raises:
         ValueError: too few batches; more is pruned already, or less than one entry of each row would be left; or the
@@ -196,18 +226,24 @@ class Search:
             )
         return goal
 
-    def even(self) -> list[int]:
-        """Return what rows keep with equal shares."""
+    def even(self) -> list[Kept]:
+        """Return what stays with equal shares."""
         return share(list(self.columns.values()), self.goal(), lambda _, gone: gone)
 
-    def goals(self, keep: Sequence[int]) -> Goals:
-        """Return the sparsity of the rows of each tensor that keep so many entries."""
-        return {key: each.gone(left) for (key, each), left in zip(self.columns.items(), keep, strict=True)}
+    def goals(self, keep: Sequence[Kept]) -> Goals:
+        """Return what each tensor loses where so many entries stay."""
+        pairs = list(zip(self.columns.items(), keep, strict=True))
+        return Goals(
+            {key: each.gone(left.most) for (key, each), left in pairs},
+            {key: left.more for (key, _), left in pairs if left.more},
+        )
 
-    def moved(self, last: Round, power: int) -> list[int]:
+    def moved(self, last: Round, power: int) -> list[Kept]:
         """Return shares nearer to those at which an entry costs the same everywhere."""
         columns = list(self.columns.values())
-        before = [_odds(max(each.gone(left), 0.5 / each.inputs)) for each, left in zip(columns, last.keep, strict=True)]
+        before = [
+            _odds(max(each.gone(left.most), 0.5 / each.inputs)) for each, left in zip(columns, last.keep, strict=True)
+        ]
 
         most = STEP ** (POWERS[0] / power)
 
@@ -224,15 +260,16 @@ class Search:
         mask = self.masks[key]
         self.columns[key] = Columns.of(layer.matrix(torch.ones_like(layer.weight) if mask is None else mask))
 
-    def round(self, keep: list[int] | None) -> Round:
+    def round(self, keep: list[Kept] | None) -> Round:
         """Prune and fit with these shares, by default equal ones, and see what it does to the output."""
-        goals: Goals = {}
+
+        @cache  # by when it is called first, all layers have been seen
+        def goals() -> Goals:
+            return self.goals(keep or self.even())
 
         def decide(layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-            if not goals:  # by now all layers have been seen
-                goals.update(self.goals(keep or self.even()))
-            self._try(layer, problem, weight, alive, goals[layer.module, layer.name])
-            return self.decide(goals)(layer, problem, weight, alive)
+            self._try(layer, problem, weight, alive, goals().sparsity[layer.module, layer.name])
+            return self.decide(goals())(layer, problem, weight, alive)
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is to be told, the fit on all data tells
@@ -276,12 +313,12 @@ class Search:
                     with torch.no_grad():
                         with holding(self.task.reference):
                             dense = run.output(batch.inputs)
+                        error = partial(_error, compare, run, dense, batch)
                         with holding(pruned):
-                            total += float(_error(compare, run.output(batch.inputs), dense, batch))
+                            total += float(error())
                     with holding(between):
-                        error = _error(compare, run.output(batch.inputs), dense, batch)
-                        gradients = _gradients(error, weights)
-                for (place, change), gradient in zip(changes, gradients, strict=True):
+                        _, slopes = gradients(error, weights, NONE)
+                for (place, change), gradient in zip(changes, slopes, strict=True):
                     if gradient is not None:
                         rises[place] += float((gradient.double() * change).sum())
             if not all(map(isfinite, rises)):
@@ -324,19 +361,9 @@ def _odds(gone: float) -> float:
     return gone / (1 - gone) if gone < 1 else inf
 
 
-def _gradients(error: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return the gradient of ``error`` for each of ``weights``; None where it does not depend on it."""
-    if not error.requires_grad:
-        raise ValueError(
-            "allocation='auto' differentiates the model's output, which depends on none of params here, as when the "
-            "model computes under torch.no_grad(). Leave allocation out, or pass amounts as target_sparsity=."
-        )
-    return torch.autograd.grad(error, weights, allow_unused=True)
-
-
-def _error(compare: Distance, output: Any, dense: Any, batch: Batch) -> Tensor:
-    """Return how far the output is from the dense model's, over what counts of ``batch``."""
-    error = compare(output, dense, batch)
+def _error(compare: Distance, run: Run, dense: Any, batch: Batch) -> Tensor:
+    """Return how far the output of the model is from the dense one's, over what counts of ``batch``."""
+    error = compare(run.output(batch.inputs), dense, batch)
     if not error.isfinite():
         raise ValueError(
             "the model's output holds NaN or infinity on the data kept aside, or squares beyond the range. Check the "

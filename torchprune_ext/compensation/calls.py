@@ -1,7 +1,7 @@
 """Re-fit a pruned model, or prune and re-fit it layer by layer, in one pass over the data."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torchprune_ext._layers import Layer
 from torchprune_ext._loading import PassOptions
 from torchprune_ext._ranks import Ranks
 from torchprune_ext._statistics import Key
-from torchprune_ext.compensation.by_output import shares_by_output
+from torchprune_ext.compensation.by_output import Goals, shares_by_output
 from torchprune_ext.compensation.fitting import Fits, Task
 from torchprune_ext.compensation.goals import (
     Sparsity,
@@ -180,8 +180,10 @@ def prune_and_compensate(
         allocation: ``"auto"`` for shares of ``target_sparsity`` that differ from layer to layer, chosen by what pruning
             a layer does to the model's output: all floating-point tensors in it, in squares relative to their
             variation. Every fourth batch is kept aside to choose by, and has the last word: what is not better there
-            than equal shares is not taken. Then all batches are fitted to. It takes some more passes, seldom more than
-            five, and memory for gradients. Shares that you know, as of :mod:`.allocation`, are a ``target_sparsity``.
+            than equal shares is not taken. Then all batches are fitted to. Together exactly that fraction of the
+            entries goes, as in :func:`.global_unstructured`; so in one of the layers some rows may keep one entry more
+            than others. It takes some more passes, seldom more than five, and memory for gradients. Shares that you
+            know, as of :mod:`.allocation`, are a ``target_sparsity``.
         dense: the reference model, see :func:`compensate`.
         create_bias: give layers without a bias one.
         dense_inputs: weight of a layer's inputs in the reference model, see :func:`compensate`.
@@ -245,8 +247,12 @@ def prune_and_compensate(
         return prune_to_limit(task, limit, unit)
     choice, rounds = _Choice(criterion or "admm", steps, goals, units, pattern), list[float]()
     if shared is not None:
-        goals, rounds = shares_by_output(task, shared, lambda goals: replace(choice, goals=goals).decide)
-        choice = replace(choice, goals=goals)
+
+        def chosen(found: Goals) -> _Choice:
+            return replace(choice, goals=found.sparsity, more=found.more)
+
+        best, rounds = shares_by_output(task, shared, lambda found: chosen(found).decide)
+        choice = chosen(best)
     found, fits = task.fit(choice.decide, check=choice.width)
     task.install(found, choice.entry)
     fits.rounds = rounds
@@ -286,6 +292,7 @@ class _Choice:
         goals: the sparsity of each tensor, in entries or in units; empty with a ``pattern``.
         units: the units of each tensor that has such; None to prune by entries.
         pattern: what the rows of all tensors keep, instead of ``goals``.
+        more: of some tensors, how many rows keep one entry more than that.
     """
 
     criterion: str
@@ -293,6 +300,7 @@ class _Choice:
     goals: Mapping[Key, float]
     units: Mapping[Key, Channel] | None
     pattern: NM | None
+    more: Mapping[Key, int] = field(default_factory=dict)
 
     def width(self, layer: Layer) -> int | None:
         """Return how many columns of the layer's matrix are a unit, checked; None if it does not lose units."""
@@ -301,12 +309,13 @@ class _Choice:
 
     def decide(self, layer: Layer, problem: Problem, weight: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new weights and the mask of a layer, ``(groups, outputs, inputs)``."""
-        goal, width = self.goals.get((layer.module, layer.name)), self.width(layer)
+        key = layer.module, layer.name
+        goal, width, more = self.goals.get(key), self.width(layer), self.more.get(key, 0)
         if goal == 0:
             return refit(problem, weight, alive), alive
         along = None if self.pattern is None else along_inputs(self.pattern, layer)
         for size in _shrinking(weight.shape[-1] // (width or 1), goal, along, self.steps or 1):
-            largest = partial(_largest, layer, size=size, width=width, alive=alive)
+            largest = partial(_largest, layer, size=size, width=width, alive=alive, more=more)
             start = None
             if self.criterion == "admm":
                 near = Thresholds(size, alive) if isinstance(size, int) and width is None else None
@@ -326,20 +335,27 @@ class _Choice:
             if key not in self.units and target.mask is None:
                 return None
             asked |= {"unit": self.units[key]} if key in self.units else {}
+        asked |= {"rows_with_one_more": self.more[key]} if key in self.more else {}
         asked |= {"criterion": self.criterion} | ({} if self.steps is None else {"steps": self.steps})
         return GlobalPruning("prune_and_compensate", **asked)
 
 
-def _largest(layer: Layer, scores: Tensor, size: NM | int, width: int | None, alive: Tensor) -> Tensor:
+def _largest(layer: Layer, scores: Tensor, size: NM | int, width: int | None, alive: Tensor, more: int) -> Tensor:
     """Return the mask of the largest of ``scores`` of those ``alive``.
 
-    ``n`` of ``m``, or so many of each row; or so many units of ``width`` columns, by the sum of their squares.
+    ``n`` of ``m``, or so many of each row, and so many ``more`` in all, one of a row at most; or so many units of
+    ``width`` columns, by the sum of their squares.
     """
     if isinstance(size, NM):
         shaped = layer.shaped(scores)
         return layer.matrix(nm_mask(shaped, size, layer.shaped(alive)))
     if width is None:
-        return nm_mask(scores, NM(size, scores.shape[-1], dim=2), alive)
+        mask = nm_mask(scores, NM(size, scores.shape[-1], dim=2), alive)
+        if more:
+            ahead = nm_mask(scores, NM(size + 1, scores.shape[-1], dim=2), alive) - mask
+            rows = (scores * ahead).sum(-1).flatten(), NM(more, ahead[..., 0].numel(), dim=0), ahead.sum(-1).flatten()
+            mask += ahead * nm_mask(*rows).view_as(ahead[..., :1])
+        return mask
     squares = (scores * alive).double().square().unflatten(-1, (-1, width)).sum((1, 3))
     left = alive.unflatten(-1, (-1, width)).amax((1, 3))
     return of_units(nm_mask(squares, NM(size, squares.shape[-1], dim=1), left), width, alive)

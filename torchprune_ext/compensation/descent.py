@@ -3,16 +3,26 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprune_ext._runs import wide
+from torchprune_ext.compensation.block_outputs import gradients
 
 Parts = Callable[[], Tensor]  # computes the parts of an error, of which the mean counts, as a vector
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 MOST_WARM_UP = 30  # steps
+UNASKED = (
+    "optimizer(parameters) gave a {}, whose step() does not call the closure that it is given, which computes the "
+    "gradients. Pass one whose step(closure) does, as those of torch do."
+)
+UNMOVED = (
+    "the error that is to go down depends on nothing that may change, as where the model computes under "
+    "torch.no_grad() or detaches, or where loss= does. Let it have a gradient, or leave such a block out of blocks."
+)
 PATIENCE = 5  # the error may rise in this part of all epochs, one after the other
 
 
@@ -86,17 +96,12 @@ def descend(
 
     Raises:
         TypeError: ``make_optimizer`` gives something else.
-        ValueError: its optimizer holds none of the tensors, or others; or an error, or its gradient, is not finite with
-            the values that were there.
+        ValueError: its optimizer holds none of the tensors, or others, or does not ask for gradients; or an error, or
+            its gradient, is not finite with the values that were there, or depends on none of the tensors.
     """
-    optimizer = _checked(make_optimizer, [each.master for each in free])
-    start = best = measured(kept_aside)
-    if not all(map(math.isfinite, start)):
-        raise ValueError(
-            "the model or the reference model gives NaN or infinity on the batches kept aside. Check the data and the "
-            "weights."
-        )
+    start = best = checked(measured(kept_aside))
     first = kept = [each.master.detach().clone() for each in free]
+    optimizer = _checked(make_optimizer, [each.master for each in free])
     rates = _rates(optimizer, epochs * len(steps))
     found, last, rises, epoch = 0, _mean(start), 0, 0
     for epoch in range(1, epochs + 1):
@@ -128,8 +133,11 @@ class _DivergedError(Exception):
 
 def _step(optimizer: Optimizer, free: Sequence[Free], parts: Parts) -> None:
     """Let ``optimizer`` go one step down."""
+    asked = False
 
     def closure() -> Tensor:
+        nonlocal asked
+        asked = True
         for each in free:
             each.write()
         error, found = _differentiated(free, parts)
@@ -140,16 +148,22 @@ def _step(optimizer: Optimizer, free: Sequence[Free], parts: Parts) -> None:
         return error
 
     optimizer.step(closure)  # type: ignore[arg-type]
+    if not asked:
+        raise ValueError(UNASKED.format(type(optimizer).__name__))
     for each in free:
         each.write()
 
 
 def _differentiated(free: Sequence[Free], parts: Parts) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Return an error and its gradients; raise :class:`_DivergedError` if they are not finite."""
-    error = parts().mean()
-    if not error.isfinite():
-        raise _DivergedError
-    found = torch.autograd.grad(error, [each.parameter for each in free], allow_unused=True)
+
+    def total() -> Tensor:
+        error = parts().mean()
+        if not error.isfinite():
+            raise _DivergedError
+        return error
+
+    error, found = gradients(total, [each.parameter for each in free], UNMOVED)
     if not all(gradient is None or gradient.isfinite().all() for gradient in found):
         raise _DivergedError
     return error, found
@@ -162,9 +176,9 @@ def _refuse_data(free: Sequence[Free], parts: Parts) -> None:
             _differentiated(free, parts)
     except _DivergedError:
         raise ValueError(
-            "what the model or the reference model gives for a batch is NaN or infinity, or the gradient of its error "
-            "is. Check the data and the weights. NaN in samples that sample_mask leaves out gets into the gradient "
-            "too: put zeros there."
+            "what the model or the reference model gives for a batch is NaN or infinity, or its error or loss= is, or "
+            "the gradient of that. Check the data and the weights. NaN in samples that sample_mask leaves out gets "
+            "into the gradient too: put zeros there."
         ) from None
 
 
@@ -188,6 +202,16 @@ def measured(kept_aside: Sequence[tuple[float, Parts]]) -> tuple[float, ...]:
     return tuple(sums.tolist()) if isinstance(sums, Tensor) else ()
 
 
+def checked(errors: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the errors that there are before any step, if they are finite."""
+    if not all(map(math.isfinite, errors)):
+        raise ValueError(
+            "the model or the reference model gives NaN or infinity on the batches kept aside, or loss= gave NaN or "
+            "infinity for them. Check the data, the weights and the loss."
+        )
+    return errors
+
+
 def _mean(parts: Sequence[float]) -> float:
     return sum(parts) / len(parts)
 
@@ -200,6 +224,10 @@ def _checked(make_optimizer: MakeOptimizer, masters: list[nn.Parameter]) -> Opti
             f"optimizer(parameters) gave a {type(optimizer).__name__}. Pass a function that makes a torch optimizer, "
             "e.g. lambda parameters: torch.optim.Adam(parameters, lr=1e-4)."
         )
+    try:
+        signature(optimizer.step).bind(None)
+    except TypeError:
+        raise ValueError(UNASKED.format(type(optimizer).__name__)) from None
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not held or not held <= {id(parameter) for parameter in masters}:
         raise ValueError(

@@ -64,9 +64,9 @@ def refine(
     Args:
         model: any module, commonly pruned, and not compiled.
         loader: at least two batches as for :mod:`torchprune_ext.calibration`; targets are not used. Each is a step.
-        blocks: modules of the model or their names, each called once in a pass. By default the members of the model's
-            lists of modules, such as the layers of a transformer, if they hold most of what is pruned; else the model
-            is one block, as ``[model]`` is.
+        blocks: modules of the model or their names, each called once by every batch. By default the members of the
+            model's lists of modules, such as the layers of a transformer, if they hold most of what is pruned; else the
+            model is one block, as ``[model]`` is.
         dense: the reference model, see :func:`.compensate`; by default the model as it is, with the values under all of
             its masks.
         epochs: most passes over the batches that are not kept aside; each in another order, the same in every call.
@@ -74,11 +74,13 @@ def refine(
         held_out: fraction of the batches that is kept aside, in (0, 1); one at least. Or other batches for that: if
             ``loader`` is what :func:`.prune_and_compensate` has fitted to, the error there is too low from the start to
             tell what would get better elsewhere.
-        optimizer: from a list of parameters to an optimizer of torch. By default ``Adam(parameters, lr=1e-4,
+        optimizer: from a list of parameters to an optimizer of torch, whose ``step`` calls the closure that it is
+            given. By default ``Adam(parameters, lr=1e-4,
             betas=(0.9, 0.98))``. The learning rate of any rises linearly in the first tenth of the steps, at most 30,
             and falls linearly to 0.
         loss: for the model's output instead of the relative error, from a tensor of it and that of the reference model
-            to a number, such as a divergence of logits. With ``sample_mask`` it gets the rows that count.
+            to a number, such as a divergence of logits. With ``sample_mask`` it gets the rows that count. Where the
+            blocks are fitted in sequence it only decides, and needs no gradient.
         **options: see :class:`.Options`, without ``process_group``.
 
     Returns:
@@ -87,8 +89,9 @@ def refine(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range; ``dense`` does not fit, or is missing although a tensor has changed since
-            it was pruned; a block that is called twice or never, or is random; or what :func:`.compensate` refuses of
-            data. The model is as it was then, as after any other error.
+            it was pruned; a block that is called twice or never, is random, or holds nothing that could get better; a
+            loss or an optimizer that does not do what it should; or what :func:`.compensate` refuses of data. The model
+            is as it was then, as after any other error.
 
     Source: Hinton, Vinyals & Dean 2015, arXiv:1503.02531, for learning from a model's outputs; block by block as in
     Li et al. 2021, *BRECQ*, arXiv:2102.05426, section 3.2, there for quantization.
