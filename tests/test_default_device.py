@@ -317,7 +317,7 @@ CALLS = {
     "CSRLinear": lambda g: sparse_layer(g, 1),
     "CSRLinear, blocks": lambda g: sparse_layer(g, 4),
     "csr_report": lambda g: [row.reason for row in tpe.csr_report(halved(g).model).rows],
-    "csr_report, timed": lambda g: [row.layer for row in tpe.csr_report(wide()).rows],
+    "csr_report, timed": lambda g: [(row.sparsity, row.sparse_ms is None) for row in tpe.csr_report(wide()).rows],
     "semi_structured_report": two_of_four,
     "report": lambda g: tpe.report(halved(g).model).rows,
     "report, inputs": lambda g: tpe.report(g.model, g.x, rounds=2).macs,
@@ -400,3 +400,12 @@ def test_calls(name, tmp_path):
         return lambda: (CALLS[name](g), g.model)
 
     same_with_another_default(call)
+
+
+@pytest.mark.parametrize("generator", [0, "cpu", torch.Generator], ids=["seed", "device", "class"])
+def test_what_is_not_a_generator_is_refused(generator):
+    g = given()
+    with pytest.raises(TypeError, match=r"generator=.* is a \w+\. Pass e\.g\. torch\.Generator\(\)"):
+        random(g.params, generator=generator)
+    with pytest.raises(TypeError, match=r"generator=.* is a \w+\. Pass e\.g\. torch\.Generator\(\)"):
+        hessian_diagonal(g.model, loss, g.data, g.params, generator=generator, **QUIET)
