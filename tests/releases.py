@@ -14,3 +14,6 @@ compiled_property = pytest.mark.skipif(OLD, reason="torch 2.4 cannot compile the
 compiled_then_pruned = pytest.mark.skipif(
     OLD, reason="torch 2.4 does not notice that a module which it has compiled is pruned, natively or not"
 )
+other_default = pytest.mark.skipif(
+    OLD, reason="torch 2.4's jacrev fails, and its Adam keeps the step there, when the default device is meta"
+)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from torch.utils._device import _device_constructors
 
 import torchprune_ext
 
@@ -148,6 +149,7 @@ HEAVY = [
     "transformers",
 ]
 
+FACTORIES = {function.__name__ for function in _device_constructors()}  # what follows the default device
 
 MODULES = [path for path in FILES if path != PACKAGE / "__init__.py"]
 
@@ -211,6 +213,18 @@ def test_only_one_file_knows_how_the_host_stores_pruning(path):
             assert node.value not in {"_mask", "_orig", "weight_mask", "weight_orig"}, f"line {node.lineno}"
         elif isinstance(node, ast.Attribute):
             assert node.attr not in {"_forward_pre_hooks", "_tensor_name", "weight_mask", "weight_orig"}, node.lineno
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_new_tensors_say_on_which_device_they_are(path):
+    """Or they land on the user's default device; ``device=None`` says that this is meant."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    told = {
+        id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call) and any(k.arg == "device" for k in n.keywords)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch" and node.attr in FACTORIES:
+            assert id(node) in told, f"line {node.lineno}: torch.{node.attr} without device="
 
 
 def test_the_package_is_a_table_of_contents():

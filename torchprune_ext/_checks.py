@@ -123,6 +123,15 @@ def check_weight(param: str, value: float) -> None:
         raise ValueError(f"{param}={value!r} is negative or not finite. Pass a number >= 0, e.g. 1.0.")
 
 
+def check_generator(generator: torch.Generator | None) -> None:
+    """Raise ``TypeError`` unless ``generator`` is one, or None."""
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(
+            f"generator={generator!r} is a {type(generator).__name__}. Pass e.g. torch.Generator().manual_seed(0), or "
+            "leave it out."
+        )
+
+
 def number_from(value: object, call: str) -> float:
     """Return the ``value`` that ``call``, of a function of the user's, gave, if it is a finite number; else raise."""
     if isinstance(value, Tensor) and value.numel() == 1:

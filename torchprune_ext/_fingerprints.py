@@ -88,8 +88,13 @@ def agree_on(ranks: Ranks, what: str, tensors: Mapping[str, Any], remedy: str) -
     """Raise ``RuntimeError`` on all ranks unless all pass the same ``tensors``, bit for bit."""
     if ranks.group is not None:
         with ranks.together():
-            checksums = {name: checksum(torch.as_tensor(tensor)) for name, tensor in tensors.items()}
+            checksums = {name: checksum(_tensor(tensor)) for name, tensor in tensors.items()}
         ranks.equal(what, checksums, remedy)
+
+
+def _tensor(values: Any) -> Tensor:
+    """Return ``values``, such as numbers in a list, as a tensor; tensors stay where they are."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def agree_on_values(ranks: Ranks, model: nn.Module, *, but: Collection[Tensor] = ()) -> None:

@@ -208,12 +208,13 @@ def _fix_modules(model: nn.Module, trace: Trace) -> None:
             reasons |= {f"{path}.{name}" if path else name: why for name in below}
     for name, _, start, size in trace.axes:
         if name in reasons:
-            trace.book.fix(torch.arange(start, start + size), reasons[name], symmetric=reasons[name] in widths)
+            labels = torch.arange(start, start + size, device="cpu")
+            trace.book.fix(labels, reasons[name], symmetric=reasons[name] in widths)
 
 
 def _components(count: int, pairs: Tensor) -> Tensor:
     """Return, for each label, the smallest label of its channel."""
-    root = torch.arange(count)
+    root = torch.arange(count, device="cpu")
     while bool((root[pairs[0]] != root[pairs[1]]).any()):
         ends = root[pairs]
         low = ends.amin(0)
@@ -227,7 +228,7 @@ def _settled(trace: Trace, in_order: bool) -> Tensor:
     """Return, for each label, the smallest label of its channel, such that all grids can be cut in rows or columns."""
     book = trace.book
     binding = [each.cpu() for place, each in enumerate(book.pairs) if not (in_order and place in book.counted)]
-    pairs = torch.cat([torch.zeros((2, 0), dtype=torch.int64), *binding], 1)
+    pairs = torch.cat([torch.zeros((2, 0), dtype=torch.int64, device="cpu"), *binding], 1)
     while True:
         root = _components(trace.count, pairs)
         more = []
@@ -250,29 +251,29 @@ def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]], in_order:
     if in_order:
         fixed = [each for place, each in enumerate(fixed) if place not in trace.book.symmetric]
         fixed += [(pairs[1].unique(), "several channels belong to each") for pairs in trace.book.within]
-    why = torch.zeros(trace.count, dtype=torch.int64)  # by the smallest label: 0, or 1 + place among the reasons
+    why = torch.zeros_like(root)  # by the smallest label: 0, or 1 + place among the reasons
     for place, (labels, _) in reversed(list(enumerate(fixed))):
         why[root[labels.cpu()]] = place + 1
-    heads = torch.zeros(trace.count, dtype=torch.bool)
+    heads = torch.zeros_like(root, dtype=torch.bool)
     for labels in trace.book.heads:
         heads[root[labels.cpu()]] = True
-    axis_of = torch.zeros(trace.count, dtype=torch.int64)
+    axis_of = torch.zeros_like(root)
     for place, (_, _, start, size) in enumerate(trace.axes):
         axis_of[start : start + size] = place
     # what tells the kinds of channels apart: how many entries they have in which axes and in which products
-    made = torch.Generator().manual_seed(0)
-    keys = torch.randint(1 << 62, (len(trace.axes) + len(reads) + 1,), generator=made)
-    kind = torch.zeros(trace.count, dtype=torch.int64).index_add(0, root[1:], keys[axis_of[1:]])
+    made = torch.Generator("cpu").manual_seed(0)
+    keys = torch.randint(1 << 62, (len(trace.axes) + len(reads) + 1,), generator=made, device="cpu")
+    kind = torch.zeros_like(root).index_add(0, root[1:], keys[axis_of[1:]])
     read_labels = [each.labels.cpu() for each in reads]
     for place, labels in enumerate(read_labels):
         kind.index_add_(0, root[labels], keys[len(trace.axes) + place].expand(len(labels)))
     reasons = {text: place + 1 for place, text in enumerate(dict.fromkeys(text for _, text in fixed))}
-    told = torch.tensor([0, *(reasons[text] for _, text in fixed)])
+    told = torch.tensor([0, *(reasons[text] for _, text in fixed)], device="cpu")
     kind = (kind * 1_000_003 + told[why]) * 2 + heads
     if in_order:
         kind = kind * 1_000_003 + _apart(trace, root)
     by_weights = [labels for labels, read in zip(read_labels, reads, strict=True) if read.reader is not None]
-    reading_labels = set(torch.cat([torch.zeros(0, dtype=torch.int64), *by_weights]).tolist())
+    reading_labels = set(torch.cat([root[:0], *by_weights]).tolist())
     kinds, kind_of = kind[root].unique(return_inverse=True)
     order = torch.argsort(kind_of * trace.count + root, stable=True)
     order = order[order > 0]
@@ -295,20 +296,20 @@ def _groups(trace: Trace, owners: Mapping[str, tuple[nn.Module, str]], in_order:
 
 def _apart(trace: Trace, root: Tensor) -> Tensor:
     """Return a number for each label: only channels of the same number can change places with each other."""
-    made = torch.Generator().manual_seed(1)
-    number = torch.zeros(trace.count, dtype=torch.int64)
+    made = torch.Generator("cpu").manual_seed(1)
+    number = torch.zeros_like(root)
     for labels in trace.book.parts:
-        number[root[labels.cpu()].unique()] += torch.randint(1 << 62, (1,), generator=made)
+        number[root[labels.cpu()].unique()] += torch.randint(1 << 62, (1,), generator=made, device="cpu")
     for pairs in trace.book.within:
         own, owner = root[pairs.cpu()].unique(dim=1)
-        number.index_add_(0, own, torch.randint(1 << 62, (trace.count,), generator=made)[owner])
+        number.index_add_(0, own, torch.randint(1 << 62, (trace.count,), generator=made, device="cpu")[owner])
     return number
 
 
 def _readings(trace: Trace, root: Tensor, kind_of: Tensor, read_labels: list[Tensor]) -> dict[int, list[Reading]]:
     """Return the readings of each kind of channels."""
     found: dict[int, list[Reading]] = {}
-    starts = torch.zeros(trace.count, dtype=torch.int64)
+    starts = torch.zeros_like(root)
     for _, _, start, size in trace.axes:
         starts[start : start + size] = start
     for read, labels in zip(trace.book.reads, read_labels, strict=True):

@@ -87,7 +87,7 @@ class _Journal:
         for each in orders:
             for member in each.group.members:
                 tensor = getattr(member.module, member.param)
-                places = moved(torch.arange(tensor.shape[member.axis]), member.indices, each.order)
+                places = moved(torch.arange(tensor.shape[member.axis], device="cpu"), member.indices, each.order)
                 for own in (tensor, tensor.grad) if tensor.grad is not None else (tensor,):
                     old = own.detach().clone()
                     entry = (own, member.axis, places.to(own.device))

@@ -196,7 +196,8 @@ def reduce(book: Book, op: Operation) -> list[Facts]:
             [axis] = varying(each)
             labels = each.movedim(axis, 0).flatten(1)[:, 0]
             silent = zero(x.movedim(axis, 0).flatten(1), facts.moves.movedim(axis, 0).flatten(1), 1)
-            book.reads.append(Read(labels, silent, silent, torch.full(labels.shape, math.nan), None, False, None))
+            unknown_value = torch.full_like(labels, math.nan, dtype=torch.float32)
+            book.reads.append(Read(labels, silent, silent, unknown_value, None, False, None))
         else:
             why, free = f"{op.name} is taken over all channels", op.name in SYMMETRIC
             fields.append(less(book.looked(each, axes, why, symmetric=free)))

@@ -213,7 +213,7 @@ class Run:
 
     def mean(self, sums: list[Tensor], count: float) -> dict[Key, Tensor]:
         """Divide ``sums`` over all ranks by ``count`` over all ranks; keyed as native pruning wants scores."""
-        number = float(self.ranks.sum(torch.tensor(count, dtype=torch.float64)))
+        number = float(self.ranks.sum(torch.tensor(count, dtype=torch.float64, device="cpu")))
         found = {key: self.ranks.sum(total).div_(number) for key, total in zip(self.keys, sums, strict=True)}
         for (module, name), scores in found.items():
             check_finite(f"{type(module).__name__}.{name}: the statistic", scores)

@@ -121,12 +121,12 @@ class _Reader:
 
     def stripes(self) -> Tensor:
         """Return the number of the group of ``m`` that each input is in."""
-        places, part = torch.arange(len(self.order)), len(self.order) // self.pattern.groups
+        places, part = torch.arange(len(self.order), device="cpu"), len(self.order) // self.pattern.groups
         return places // max(part, 1) * -(-part // self.pattern.m) + places % max(part, 1) // self.pattern.m
 
     def row(self, before: float) -> Row:
         """Return what became of it."""
-        moved = int((self.order != torch.arange(len(self.order))).sum())
+        moved = int((self.order != torch.arange(len(self.order), device="cpu")).sum())
         reasons = [each for each in dict.fromkeys(self.reasons) if not (moved and each == NO_GAIN)]
         reason = "; ".join(reasons) or None
         return Row(self.name, len(self.order), moved, before, self.share(), reason)
@@ -229,7 +229,7 @@ def _readers(
             scores = weights_or_scores(importance_scores, target).abs()
         pattern = NM(n, m, pad=True).along(*axes.pop())
         path = paths[target.module]
-        order = torch.arange(target.parameter.shape[pattern.axis(scores.shape)])
+        order = torch.arange(target.parameter.shape[pattern.axis(scores.shape)], device="cpu")
         readers.append(_Reader(each, f"{path}.{target.name}" if path else target.name, scores, pattern, order))
         if len(order) < 2 or n == m:
             readers[-1].reasons.append("each output has one input" if n < m else "n = m keeps all")
@@ -316,12 +316,13 @@ def _matrices(reader: _Reader, indices: Tensor, step: int) -> list[tuple[tuple[i
     """
     stripes, (size, each) = reader.stripes(), indices.shape
     count, m = int(stripes.max()) + 1, reader.pattern.m
-    channel = torch.full((len(stripes),), -1).index_put((indices,), torch.arange(size)[:, None])
-    entry = torch.full((len(stripes),), -1).index_put((indices,), torch.arange(each))
+    none = torch.full_like(stripes, -1)
+    channel = none.index_put((indices,), torch.arange(size, device="cpu")[:, None])
+    entry = none.index_put((indices,), torch.arange(each, device="cpu"))
 
     def ends(values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-        low = torch.full((count,), len(stripes)).scatter_reduce(0, stripes[among], values[among], "amin")
-        return low, torch.full((count,), -1).scatter_reduce(0, stripes[among], values[among], "amax")
+        low = stripes.new_full((count,), len(stripes)).scatter_reduce(0, stripes[among], values[among], "amin")
+        return low, stripes.new_full((count,), -1).scatter_reduce(0, stripes[among], values[among], "amax")
 
     touched = stripes[indices].unique()
     low, high = ends(channel, torch.ones_like(stripes, dtype=torch.bool))
@@ -334,7 +335,7 @@ def _matrices(reader: _Reader, indices: Tensor, step: int) -> list[tuple[tuple[i
     found = []
     for place in range(each):
         own = stripes[indices[:, place]]
-        first = torch.full((count,), size).scatter_reduce(0, own, torch.arange(size), "amin")
+        first = own.new_full((count,), size).scatter_reduce(0, own, torch.arange(size, device="cpu"), "amin")
         key = first[own]
         others = []
         for stripe in key.unique().tolist():
@@ -356,7 +357,7 @@ def _places(key: Sequence[int], m: int) -> Tensor:
         more = m - len(places)
         places += range(count, count + more)
         count += more
-    return torch.tensor([places for _, places in sorted(stripes.items())])
+    return torch.tensor([places for _, places in sorted(stripes.items())], device="cpu")
 
 
 def _breaks(group: Group, order: Tensor, pattern: NM) -> str | None:
@@ -365,7 +366,8 @@ def _breaks(group: Group, order: Tensor, pattern: NM) -> str | None:
         weight = getattr(member.module, member.param)
         if member.reads and weight.dim() > 1:
             along = replace(pattern, dim=member.axis, groups=1)
-            places = moved(torch.arange(weight.shape[member.axis]), member.indices, order).to(weight.device)
+            places = torch.arange(weight.shape[member.axis], device="cpu")
+            places = moved(places, member.indices, order).to(weight.device)
             now, then = (nm_profile(each, along).total for each in (weight, weight.index_select(member.axis, places)))
             if now[along.n] == now[-1] and then[along.n] < then[-1]:
                 return f"{member.name} is {along.n}:{along.m} already, and would not be in another order"

@@ -1,6 +1,6 @@
 """Second derivatives of the loss, for Optimal Brain Damage."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from typing_extensions import Unpack
 
-from torchprune_ext._checks import check_whole
+from torchprune_ext._checks import check_generator, check_whole
 from torchprune_ext._runs import (
     Batch,
     Key,
@@ -71,8 +71,8 @@ def hessian_diagonal(
         params: ``(module, name)`` pairs within ``model``.
         method: see above.
         samples: number of random probes; by default none for ``"ggn"`` (exact) and 100 for ``"hutchinson"``.
-        generator: source of the probes, on the CPU; by default one with a fixed seed. Give each process of a
-            ``process_group`` one of its own, or their errors add up and ``standard_error`` is too small.
+        generator: source of the probes, on any device; by default one on the CPU with a fixed seed. Give each process
+            of a ``process_group`` one of its own, or their errors add up and ``standard_error`` is too small.
         **options: see :class:`.Options`.
 
     Returns:
@@ -93,10 +93,11 @@ def hessian_diagonal(
         tensor([[ 2., 10.]])
     """
     with calibrating(model, params, options, loss_fn) as run:
+        check_generator(generator)
         if samples is not None:
             check_whole("samples", samples, 1)
         if generator is None:  # probes of its own for each rank, as the ranks' errors shall not add up
-            generator = torch.Generator().manual_seed(run.ranks.rank)
+            generator = torch.Generator("cpu").manual_seed(run.ranks.rank)
         if method == "hutchinson":
             sums, variances, count = _hutchinson(run, loader, samples or 100, generator)
         elif method == "ggn":
@@ -142,8 +143,8 @@ def _gauss_newton(
         run.check_samples(batch)
         roots = _loss_roots(run, batch)  # (samples of the batch, outputs, outputs)
         if samples is not None:
-            signs = torch.randint(2, (len(roots), samples, roots.shape[1]), generator=generator) * 2.0 - 1
-            roots = signs.to(roots) @ roots / samples**0.5
+            signs = _signs((len(roots), samples, roots.shape[1]), generator).to(roots)
+            roots = signs @ roots / samples**0.5
         for cotangents in roots.unbind(1):
             if not cotangents.any():
                 continue  # the Hessian of cross-entropy, for one, has a direction without curvature
@@ -155,6 +156,11 @@ def _gauss_newton(
                 add(sums, (g.square().sum(0) for g in each))
         count += batch.size
     return sums, count
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return 1 or -1 in each entry at random, on the device of ``generator``."""
+    return torch.randint(2, shape, generator=generator, device=generator.device) * 2 - 1
 
 
 def _loss_roots(run: Run, batch: Batch) -> Tensor:
@@ -211,7 +217,7 @@ def _hutchinson(
         unique = dict(zip(run.names, run.differentiable_grads(batch), strict=True))  # tied ones once
         first, second = run.zeros(), run.zeros()
         for _ in range(samples):
-            signs = {n: (torch.randint(2, g.shape, generator=generator) * 2 - 1).to(g) for n, g in unique.items()}
+            signs = {name: _signs(g.shape, generator).to(g) for name, g in unique.items()}
             products = torch.autograd.grad(
                 [g for g in unique.values() if g.requires_grad],
                 run.tensors,

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import Unpack
 
 from torchprune_ext._batches import Batch, check_mask, mask_rows
-from torchprune_ext._checks import leave_out, warn
+from torchprune_ext._checks import check_generator, leave_out, warn
 from torchprune_ext._host import Target, targets_of
 from torchprune_ext._layers import Layer, Multiply
 from torchprune_ext._loading import Options
@@ -115,7 +115,7 @@ class _Inputs:
                 f"params holds {target.where}, but only the weights of Linear layers and convolutions, and of what "
                 "multiplies as Linear does, have inputs to measure. Leave it out."
             )
-        self.rows, self.width, self.squares = 0, 0, torch.zeros(())
+        self.rows, self.width, self.squares = 0, 0, torch.zeros((), device="cpu")
         self.conv = 1 - weight.dim() if isinstance(target.module, _ConvNd) else None  # the axis of its channels
         known = isinstance(target.module, (nn.Linear, _ConvNd)) and is_of_torch(target.module)
         self.probed = None if known else Layer(target.module, target.name, label)
@@ -177,14 +177,14 @@ def random(params: Iterable[Key], *, generator: torch.Generator | None = None) -
 
     Args:
         params: ``(module, name)`` pairs.
-        generator: source of the numbers, on the CPU; by default torch's own. With a seeded one, all processes of a
-            distributed run get the same scores.
+        generator: source of the numbers, on any device; by default torch's own on the CPU. With a seeded one, all
+            processes of a distributed run get the same scores.
 
     Returns:
         Scores uniform in [0, 1).
 
     Raises:
-        TypeError: ``params`` is not an iterable of pairs.
+        TypeError: ``params`` is not an iterable of pairs, or ``generator`` not a ``torch.Generator``.
         ValueError: a pair does not name a parameter.
 
     Example:
@@ -193,14 +193,13 @@ def random(params: Iterable[Key], *, generator: torch.Generator | None = None) -
         >>> scores[layer, "weight"].shape
         torch.Size([1, 2])
     """
-    return ImportanceScores(
-        {
-            (target.module, target.name): torch.rand(target.parameter.shape, generator=generator).to(
-                target.parameter.device
-            )
-            for target in targets_of(params).values()
-        }
-    )
+    check_generator(generator)
+    device = "cpu" if generator is None else generator.device
+    scores = {}
+    for target in targets_of(params).values():
+        drawn = torch.rand(target.parameter.shape, generator=generator, device=device)
+        scores[target.module, target.name] = drawn.to(target.parameter.device)
+    return ImportanceScores(scores)
 
 
 def _inputs_like(module: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:

@@ -98,7 +98,8 @@ def _write(found: Statistics, batches: int, ranks: Ranks) -> None:
     """Write the statistics into the layers, all of them on all ranks, or none."""
     new: list[tuple[Tensor, Tensor]] = []
     for layer, (mean, variance) in found.items():
-        named = {"running_mean": mean, "running_var": variance, "num_batches_tracked": torch.tensor(batches)}
+        number = torch.tensor(batches, device="cpu")
+        named = {"running_mean": mean, "running_var": variance, "num_batches_tracked": number}
         new += [
             (buffer, named[name]) for name, buffer in layer._buffers.items() if name in named and buffer is not None
         ]

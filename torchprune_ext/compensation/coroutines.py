@@ -36,7 +36,8 @@ class Call:
     def __init__(self, work: Callable[[], object], device: str) -> None:
         self.work, self.device = work, device
         self.autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        default = torch.empty(0).device  # torch.get_default_device() misses `with torch.device(...)` on torch 2.4
+        # torch.get_default_device() misses `with torch.device(...)` on torch 2.4
+        default = torch.empty(0, device=None).device
         self.default = nullcontext() if default.type == "cpu" else default
         self.context = contextvars.copy_context()
 

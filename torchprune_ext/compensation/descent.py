@@ -105,7 +105,7 @@ def descend(
     rates = _rates(optimizer, epochs * len(steps))
     found, last, rises, epoch = 0, _mean(start), 0, 0
     for epoch in range(1, epochs + 1):
-        order = torch.randperm(len(steps), generator=torch.Generator().manual_seed(epoch)).tolist()
+        order = torch.randperm(len(steps), generator=torch.Generator("cpu").manual_seed(epoch), device="cpu").tolist()
         try:
             for place in order:
                 next(rates)

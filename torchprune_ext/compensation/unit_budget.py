@@ -125,7 +125,7 @@ class Kind:
         """Return which columns of the matrix of a layer that reads them some units are, ``(units, columns)``."""
         kernel = layer.weight.shape[2:].numel()
         places = self.readers[layer.module, layer.name].indices[units].unsqueeze(-1)
-        return (places * kernel + torch.arange(kernel)).flatten(1).to(layer.weight.device)
+        return (places * kernel + torch.arange(kernel, device="cpu")).flatten(1).to(layer.weight.device)
 
 
 def prune_to_limit(task: Task, limit: Limit, unit: Units | None) -> Fits:
@@ -227,12 +227,14 @@ def _kinds(groups: Sequence[Group], targets: Sequence[Target], unit: Units | Non
         if why is not None:
             others.append(f"the {group.size} units of {', '.join(group.names[:3])}: {why}")
             continue
-        alive = torch.zeros(group.size, dtype=torch.bool)
+        alive = torch.zeros(group.size, dtype=torch.bool, device="cpu")
         for key, member in readers.items():
             _check_unit(None if units is None else units[key], member)
             mask = given[key].mask
-            some = torch.ones(()) if mask is None else (mask != 0).movedim(member.axis, 0).flatten(1).any(1).cpu()
-            alive |= some.bool() if mask is None else some[member.indices].any(1)
+            if mask is None:
+                alive.fill_(True)
+            else:
+                alive |= (mask != 0).movedim(member.axis, 0).flatten(1).any(1).cpu()[member.indices].any(1)
         found.append(Kind(group, readers, alive))
     return found, others
 

@@ -250,13 +250,13 @@ def _sizes(inputs: Any) -> Iterator[Any]:
 
 def _others(inputs: Any) -> Any:
     """Return inputs with other values: noise on real ones, whole ones in reverse along their last axis."""
-    made = torch.Generator().manual_seed(0)
+    made = torch.Generator("cpu").manual_seed(0)
 
     def other(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.flip(-1) if tensor.dim() > 1 else tensor
         tensor = tensor.detach()
-        noise = torch.randn(tensor.shape, generator=made, dtype=torch.float32).to(tensor)
+        noise = torch.randn(tensor.shape, generator=made, dtype=torch.float32, device="cpu").to(tensor)
         finite = tensor[tensor.isfinite()].float()
         scale = float(finite.std(correction=0)) if finite.numel() > 1 else 1.0
         return tensor * 0.7 + noise * (scale or 1.0)

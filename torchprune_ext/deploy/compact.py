@@ -163,11 +163,11 @@ def _found(model: nn.Module, groups: tuple[Group, ...]) -> Iterator[_Found]:
     """Yield the groups of which some channels are dead or look so."""
     holders = holders_of(model)
     for group in groups:
-        none = torch.zeros((0, group.size), dtype=torch.bool)
+        none = torch.zeros((0, group.size), dtype=torch.bool, device="cpu")
         silent = torch.stack([each.silent.all(1) for each in group.readings]) if group.readings else none
         known = torch.stack([(r.silent | ~r.value.isnan()).all(1) for r in group.readings]) if group.readings else none
         folds = [can_fold(holders, group, each) for each in group.readings]
-        allowed = torch.tensor([why is None for why in folds], dtype=torch.bool).unsqueeze(1)
+        allowed = torch.tensor([why is None for why in folds], dtype=torch.bool, device="cpu").unsqueeze(1)
         dead = (silent | (known & allowed)).all(0) & ~_differs(group)
         looks = silent.any(0) | _without_weights(group)
         for each in group.readings:
@@ -199,7 +199,7 @@ def _found(model: nn.Module, groups: tuple[Group, ...]) -> Iterator[_Found]:
 
 def _differs(group: Group) -> Tensor:
     """Return which channels one weight reads as several constants, in several calls."""
-    differs = torch.zeros(group.size, dtype=torch.bool)
+    differs = torch.zeros(group.size, dtype=torch.bool, device="cpu")
     for reading in group.readings:
         for other in group.readings:
             if other is not reading and other.reader == reading.reader and other.value.shape == reading.value.shape:
@@ -210,7 +210,7 @@ def _differs(group: Group) -> Tensor:
 
 def _without_weights(group: Group) -> Tensor:
     """Return which channels have no weights other than zeros in the matrices and kernels that give them."""
-    zero = torch.ones(group.size, dtype=torch.bool)
+    zero = torch.ones(group.size, dtype=torch.bool, device="cpu")
     given = [m for m in group.members if not m.reads and getattr(m.module, m.param).dim() > 1]
     for member in given:
         tensor = getattr(member.module, member.param).detach().movedim(member.axis, 0)

@@ -267,7 +267,7 @@ class Source:
         """
         count = min(count, self._end - self._place)
         if not count:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         self._file.seek(self._place)
         raw = self._file.read(count)
         if len(raw) < count:

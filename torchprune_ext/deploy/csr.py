@@ -72,8 +72,16 @@ class CSRLinear(SparseLinear):
     def _csr(self) -> Tensor:
         # made anew at each call, of the same memory: that takes microseconds, and follows whatever changes the three
         size = (self.out_features, self.in_features)
-        make = torch.sparse_csr_tensor if self.block == 1 else torch.sparse_bsr_tensor
-        return make(self.crow, self.col, self.values, size, check_invariants=False)
+        layout = torch.sparse_csr if self.block == 1 else torch.sparse_bsr
+        return torch.sparse_compressed_tensor(
+            self.crow,
+            self.col,
+            self.values,
+            size,
+            layout=layout,
+            device=self.values.device,
+            check_invariants=False,
+        )
 
     def dense(self) -> Tensor:
         """Return the weight, dense."""
@@ -124,7 +132,7 @@ def _accept_beta() -> None:
     """Let torch say, once in a process and to nobody, that sparse CSR tensors are in beta."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        torch.zeros(1, 1).to_sparse_csr()
+        torch.zeros(1, 1, device="cpu").to_sparse_csr()
 
 
 class _CSR:

@@ -50,7 +50,7 @@ def cut(model: nn.Module, cuts: Sequence[Cut]) -> None:
     kept: dict[str, dict[int, Tensor]] = {}
     for (name, axis), places in gone.items():
         if places:
-            alive = torch.ones(sizes[name][axis], dtype=torch.bool)
+            alive = torch.ones(sizes[name][axis], dtype=torch.bool, device="cpu")
             alive[list(places)] = False
             kept.setdefault(name, {})[axis] = alive.nonzero().flatten()
     for name, axes in kept.items():

@@ -178,18 +178,18 @@ def nonzero(entries: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Return numbers of ``bits`` bits, uint8 ``[n]``, as bytes, lowest bit first; zeros fill the last byte."""
-    stream = ((codes.unsqueeze(1) >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten()
+    stream = ((codes.unsqueeze(1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1).flatten()
     stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8))
-    return (stream.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (stream.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=stream.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """Return the numbers of ``bits`` bits that are complete in the bytes ``packed``, as uint8."""
-    stream = ((packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
+    stream = ((packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).flatten()
     if bits == 1:
         return stream
     stream = stream[: len(stream) // bits * bits].view(-1, bits)
-    return (stream << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (stream << torch.arange(bits, dtype=torch.uint8, device=stream.device)).sum(1, dtype=torch.uint8)
 
 
 def gaps_of(masks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -197,7 +197,7 @@ def gaps_of(masks: Iterable[Tensor]) -> Iterator[Tensor]:
     start, last = 0, -1
     for alive in masks:
         places = alive.nonzero().flatten() + start
-        yield torch.diff(places, prepend=torch.tensor([last])) - 1
+        yield torch.diff(places, prepend=torch.tensor([last], device=places.device)) - 1
         start, last = start + len(alive), int(places[-1]) if len(places) else last
 
 
@@ -212,10 +212,10 @@ def gap_bytes(masks: Iterable[Tensor]) -> dict[int, int]:
 
 def pack_gaps(masks: Iterable[Tensor], bits: int) -> Iterator[Tensor]:
     """Yield the gaps of a tensor in ``bits`` bits each, as bytes."""
-    top, rest = 2**bits - 1, torch.empty(0, dtype=torch.uint8)
+    top, rest = 2**bits - 1, torch.empty(0, dtype=torch.uint8, device="cpu")
     for gaps in gaps_of(masks):
         ends = (gaps // top + 1).cumsum(0)  # a long gap is several codes
-        codes = torch.full((int(ends[-1]) if len(ends) else 0,), top, dtype=torch.uint8)
+        codes = torch.full((int(ends[-1]) if len(ends) else 0,), top, dtype=torch.uint8, device=gaps.device)
         codes[ends - 1] = (gaps % top).to(torch.uint8)
         codes = torch.cat([rest, codes])
         whole = len(codes) // 8 * 8  # 8 codes fill whole bytes

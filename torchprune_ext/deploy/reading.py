@@ -108,7 +108,8 @@ class SparseFile:
         if layout.encoding == "mask":
             yield from self._bits(name, ".mask", layout.numel)
             return
-        blocks, waiting = unpack_gaps(self._source(name, ".gaps").take, layout), torch.empty(0, dtype=torch.int64)
+        blocks = unpack_gaps(self._source(name, ".gaps").take, layout)
+        waiting = torch.empty(0, dtype=torch.int64, device="cpu")
         for start in range(0, layout.numel, ENTRIES):
             stop = min(start + ENTRIES, layout.numel)
             while not len(waiting) or int(waiting[-1]) < stop:
@@ -116,7 +117,7 @@ class SparseFile:
                     break
                 waiting = torch.cat([waiting, more])
             here = int(torch.searchsorted(waiting, stop))
-            alive = torch.zeros(stop - start, dtype=torch.bool)
+            alive = torch.zeros(stop - start, dtype=torch.bool, device="cpu")
             alive[waiting[:here] - start] = True
             waiting = waiting[here:]
             yield alive
@@ -134,7 +135,7 @@ class SparseFile:
         source = self._source(name, ".values")
         negatives = self._bits(name, ".negative_zeros", layout.numel) if layout.negative_zeros else None
         for alive in self._alive(name, layout):
-            entries = words(torch.zeros(len(alive), dtype=layout.dtype))
+            entries = words(torch.zeros(len(alive), dtype=layout.dtype, device="cpu"))
             entries[alive] = words(source.take(int(alive.sum()) * layout.dtype.itemsize).view(layout.dtype))
             if negatives is not None:
                 entries[next(negatives)] = torch.iinfo(entries.dtype).min

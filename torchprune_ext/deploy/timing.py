@@ -51,11 +51,11 @@ def medians(
 
     threads = torch.get_num_threads() if threads is None else threads
     timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
-    numbers = {name: math.ceil(BLOCK / timer.timeit(1).median) for name, timer in timers.items()}
+    numbers = {name: math.ceil(BLOCK / timer.timeit(1).times[0]) for name, timer in timers.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, timer in timers.items():
-            taken[name].append(timer.timeit(numbers[name]).median)
+            taken[name].append(timer.timeit(numbers[name]).times[0])  # .median uses the default device
     return {name: _times(seconds, threads) for name, seconds in taken.items()}
 
 
