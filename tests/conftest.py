@@ -1,11 +1,13 @@
 """Settings that every test shares."""
 
+import gc
 import os
 import threading
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from processes import Processes
 
 from torchprune_ext.compensation import solvers
 
@@ -20,6 +22,24 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True,
 settings.register_profile("quick", settings.get_profile("ci"), max_examples=10)  # of tests/mutate.py
 settings.register_profile("thorough", settings.get_profile("local"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collect thousands of tests without looking through them for garbage, now and at each collection later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    made = Processes()
+    yield made
+    made.stop()
 
 
 @pytest.fixture

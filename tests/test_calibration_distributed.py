@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from calibrating import (
     CALLS,
@@ -121,6 +120,5 @@ def run(rank, init):
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()) or sys.platform == "win32", reason="needs gloo"
 )
-def test_two_processes_get_what_one_gets(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(run, (f"file://{tmp_path}/init",), nprocs=2)
+def test_two_processes_get_what_one_gets(tmp_path, processes):
+    processes.spawn(run, (f"file://{tmp_path}/init",), 2)

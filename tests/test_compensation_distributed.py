@@ -10,7 +10,6 @@ import compensating as c
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from calibrating import PlantedError, broken_loader
 from snapshots import Snapshot
 from torch import nn
@@ -306,32 +305,32 @@ def run(rank, init):
     torch.set_num_threads(1)
     patience = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=4, timeout=patience)
-    solvers.TOLERANCE = 0.0  # whether a step gains enough may hang by the last digit of a sum
     pair = dist.new_group([0, 1])
-    for scenario in (
-        find_what_one_finds,
-        masks_and_references_are_taken_as_they_are_for_one,
-        different_machines_get_the_same,
-        an_error_on_one_rank_stops_all,
-        all_must_call_alike,
-        recalibration_wants_equal_models,
-    ):
-        try:
-            if rank < 2:
-                scenario(rank, pair)
-        except BaseException as error:
-            raise AssertionError(f"{scenario.__name__} failed on rank {rank}: {error!r}") from error
-    if rank > 1:
-        with pytest.raises(TypeError, match=r"process_group=.* is not a group that this process is in"):
-            tpe.compensate(nn.Linear(2, 2), [], [], process_group=pair)
-    dist.barrier()
-    find_what_one_finds(rank, dist.group.WORLD, ["admm, share"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solvers, "TOLERANCE", 0.0)  # whether a step gains enough may hang by the last digit of a sum
+        for scenario in (
+            find_what_one_finds,
+            masks_and_references_are_taken_as_they_are_for_one,
+            different_machines_get_the_same,
+            an_error_on_one_rank_stops_all,
+            all_must_call_alike,
+            recalibration_wants_equal_models,
+        ):
+            try:
+                if rank < 2:
+                    scenario(rank, pair)
+            except BaseException as error:
+                raise AssertionError(f"{scenario.__name__} failed on rank {rank}: {error!r}") from error
+        if rank > 1:
+            with pytest.raises(TypeError, match=r"process_group=.* is not a group that this process is in"):
+                tpe.compensate(nn.Linear(2, 2), [], [], process_group=pair)
+        dist.barrier()
+        find_what_one_finds(rank, dist.group.WORLD, ["admm, share"])
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()) or sys.platform == "win32", reason="needs gloo"
 )
-def test_processes_find_what_one_finds_and_fail_together(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(run, (f"file://{tmp_path}/init",), nprocs=4)
+def test_processes_find_what_one_finds_and_fail_together(tmp_path, processes):
+    processes.spawn(run, (f"file://{tmp_path}/init",), 4)

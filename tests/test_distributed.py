@@ -15,7 +15,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from snapshots import Snapshot
 from torch import nn
 from torch.nn.utils import prune
@@ -492,14 +491,12 @@ def run(rank, world, init, scenarios):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_several_processes_do_what_one_does(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_several_processes_do_what_one_does(world, tmp_path, processes):
     more = () if world == 2 else (groups_of_ranks_have_budgets_of_their_own,)
-    mp.spawn(run, (world, f"file://{tmp_path}/init", (*SCENARIOS, *more)), nprocs=world)
+    processes.spawn(run, (world, f"file://{tmp_path}/init", (*SCENARIOS, *more)), world)
 
 
 # on CPU, dense models too: torch 2.6 fails, 2.7 adds gradients where it should average them (pytorch#162338)
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="fully_shard on CPU is right on torch 2.14, wrong on 2.7")
-def test_prune_then_shard_and_not_the_other_way_round(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(run, (2, f"file://{tmp_path}/init", SHARDING), nprocs=2)
+def test_prune_then_shard_and_not_the_other_way_round(tmp_path, processes):
+    processes.spawn(run, (2, f"file://{tmp_path}/init", SHARDING), 2)

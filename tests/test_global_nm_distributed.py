@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from snapshots import Snapshot
 from torch import nn
 from torch.nn.utils import prune
@@ -146,6 +145,5 @@ def run(rank, world, init):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_several_processes_choose_as_one(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(run, (world, f"file://{tmp_path}/init"), nprocs=world)
+def test_several_processes_choose_as_one(world, tmp_path, processes):
+    processes.spawn(run, (world, f"file://{tmp_path}/init"), world)

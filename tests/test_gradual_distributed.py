@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import toys
 from snapshots import Snapshot
 from torch import nn
@@ -169,6 +168,5 @@ def run(rank, world, init):
     dist.destroy_process_group()
 
 
-def test_two_processes_get_one_mask(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(run, (2, f"file://{tmp_path}/init"), nprocs=2)
+def test_two_processes_get_one_mask(tmp_path, processes):
+    processes.spawn(run, (2, f"file://{tmp_path}/init"), 2)

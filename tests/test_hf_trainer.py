@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import prune
 
@@ -246,27 +246,25 @@ def test_bad_arguments(tmp_path):
 
 def train_in_process(rank, port, path):
     """Train in one of two processes, as torchrun would start them."""
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    model, watch = made(), Watch()
-    options = {"ddp_backend": "gloo", "gradient_accumulation_steps": 2, "max_steps": 12}
-    trainer(path, model, PruningCallback(SCHEDULE, linears_of, criterion="gradient"), watch, **options).train()
-    torch.save({"model": model.state_dict(), "counted": watch.counted}, path / f"rank{rank}.pt")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        given = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        for key, value in {**given, "RANK": rank, "LOCAL_RANK": rank}.items():
+            patch.setenv(key, str(value))
+        model, watch = made(), Watch()
+        options = {"ddp_backend": "gloo", "gradient_accumulation_steps": 2, "max_steps": 12}
+        trainer(path, model, PruningCallback(SCHEDULE, linears_of, criterion="gradient"), watch, **options).train()
+        torch.save({"model": model.state_dict(), "counted": watch.counted}, path / f"rank{rank}.pt")
+        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs gloo")
-def test_two_processes_get_the_same_masks(tmp_path):
+def test_two_processes_get_the_same_masks(tmp_path, processes):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    workers = [mp.get_context("spawn").Process(target=train_in_process, args=(rank, port, tmp_path)) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
+    processes.spawn(train_in_process, (port, tmp_path), 2)
     one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     for key, value in one["model"].items():
         assert torch.equal(value, other["model"][key]), key

@@ -1,8 +1,6 @@
 """Callbacks in the Trainer of Lightning: each step as the schedule says, resumed runs as uninterrupted ones."""
 
 import copy
-import multiprocessing as mp
-import os
 import pickle
 import socket
 import sys
@@ -11,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import prune
 
@@ -367,27 +366,25 @@ def test_bad_arguments(tmp_path):
 
 def fit_in_process(rank, port, path):
     """Train in one of two processes, as torchrun would start them."""
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    model = Small()
-    made = trainer(path, PruningCallback(SCHEDULE), epochs=5, devices=2, strategy="ddp")
-    made.fit(model, loader())
-    torch.save(model.state_dict(), path / f"rank{rank}.pt")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        given = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "NODE_RANK": 0}
+        for key, value in given.items():
+            patch.setenv(key, str(value))
+        model = Small()
+        made = trainer(path, PruningCallback(SCHEDULE), epochs=5, devices=2, strategy="ddp")
+        made.fit(model, loader())
+        torch.save(model.state_dict(), path / f"rank{rank}.pt")
+        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs gloo")
-def test_two_processes_get_the_same_masks(tmp_path):
+def test_two_processes_get_the_same_masks(tmp_path, processes):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    workers = [mp.get_context("spawn").Process(target=fit_in_process, args=(rank, port, tmp_path)) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
+    processes.spawn(fit_in_process, (port, tmp_path), 2)
     one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     for key, value in one.items():
         if "running" not in key:  # each process has its own data

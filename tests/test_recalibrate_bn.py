@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from calibrating import PlantedError, Residual, broken_loader
 from hypothesis import given
@@ -402,5 +401,5 @@ def in_a_group(rank, file):
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()) or sys.platform == "win32", reason="needs gloo"
 )
-def test_two_processes_find_what_one_finds_and_fail_together(tmp_path):
-    mp.spawn(in_a_group, args=(tmp_path / "rendezvous",), nprocs=2)
+def test_two_processes_find_what_one_finds_and_fail_together(tmp_path, processes):
+    processes.spawn(in_a_group, (tmp_path / "rendezvous",), 2)
