@@ -6,11 +6,12 @@ BIN := .venv/bin
 INSTALLED := .venv/installed.stamp
 OLDEST := .venv-oldest
 PYTHON_OLDEST ?= $(shell for p in python3.10 python3.11 python3.12; do $$p -c pass 2>/dev/null && echo $$p && break; done)
-SPHINX := $(BIN)/python -m sphinx -E -W -n --keep-going -q
+SPHINX := $(BIN)/python -m sphinx -W -n --keep-going -q
 
 export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+.NOTPARALLEL:  # pytest uses two cores, and docs-examples what docs-check has read
 .PHONY: help install demo test lint types docs docs-check docs-examples unit test-oldest clean
 .DELETE_ON_ERROR:
 
@@ -56,20 +57,22 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	@echo "== sphinx: documentation with every script of the gallery run, warnings are errors"
 	rm -rf build/docs docs/auto_gallery
-	$(SPHINX) -b html docs build/docs
+	$(SPHINX) -E -b html docs build/docs
 	$(BIN)/python docs/check_site.py build/docs --gallery
 	@echo "Open build/docs/index.html"
 
 docs-check: $(INSTALLED)
 	@echo "== sphinx: documentation without running the gallery, warnings are errors"
 	rm -rf build/docs-check
-	$(SPHINX) -D plot_gallery=0 -b html docs build/docs-check
+	$(SPHINX) -E -D plot_gallery=0 -d build/doctrees -b html docs build/docs-check
 	$(BIN)/python docs/check_site.py build/docs-check
 
+# Reads anew only what has changed since docs-check, whose pages are the same.
 docs-examples: export TQDM_DISABLE := 1
+docs-examples: export OMP_NUM_THREADS := 1
 docs-examples: $(INSTALLED)
 	@echo "== the examples of the documentation and of the README do what they say"
-	$(SPHINX) -D plot_gallery=0 -b doctest docs build/docs-examples
+	$(SPHINX) -D plot_gallery=0 -d build/doctrees -b doctest docs build/docs-examples
 	mkdir -p build/readme  # where the examples write
 	sed -n '/^```python/,/^```/p' README.md | grep -v '^```' | (cd build/readme && ../../$(BIN)/python -W error -)
 

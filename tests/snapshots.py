@@ -9,8 +9,7 @@ def _picture(value, path, found):
     """Note ``value`` itself (which keeps it alive) and its content under ``path``; go on with what it holds."""
     content, inside = None, {}
     if torch.is_tensor(value):
-        values = "no values" if value.is_meta else repr(value.detach().reshape(-1).tolist())
-        content = (tuple(value.shape), value.stride(), value.dtype, value.requires_grad, values)
+        content = (tuple(value.shape), value.stride(), value.dtype, value.requires_grad, _bits(value))
         inside = {"grad": value.grad} if value.is_leaf else {}
     elif isinstance(value, dict):
         content, inside = list(value), value
@@ -22,6 +21,22 @@ def _picture(value, path, found):
     for key, item in inside.items():
         _picture(item, f"{path}.{key}", found)
     return found
+
+
+def _bits(tensor):
+    """Return the values of a tensor, bit for bit, as they are now."""
+    if tensor.is_meta:
+        return b""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _shown(content):
+    """Return what a tensor is with its values as numbers."""
+    if not (isinstance(content, tuple) and content and isinstance(content[-1], bytes)):
+        return content
+    *rest, dtype, requires_grad, bits = content
+    values = torch.frombuffer(bytearray(bits), dtype=dtype).tolist() if bits else []
+    return (*rest, dtype, requires_grad, values)
 
 
 def _same(old, new):
@@ -53,5 +68,5 @@ class Snapshot:
             if not _same(old, new):
                 lines.append(f"{path}: another object")
             elif had != has or (isinstance(old, int | float | str) and repr(old) != repr(new)):
-                lines.append(f"{path}: {had or old!r} became {has or new!r}")
+                lines.append(f"{path}: {_shown(had) or old!r} became {_shown(has) or new!r}")
         return lines

@@ -1,7 +1,6 @@
 """The callback in the Trainer of transformers: each step as the schedule says, resumed runs as uninterrupted ones."""
 
 import json
-import os
 import socket
 import sys
 import warnings

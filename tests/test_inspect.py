@@ -2,6 +2,7 @@
 
 import io
 import os
+import runpy
 import subprocess
 import sys
 
@@ -140,10 +141,18 @@ def test_the_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=ascii_only)
     assert (done.returncode, done.stderr) == (0, "")
     assert "0.weight" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package")
+def test_the_command_ends_with_1_on_an_error(tmp_path, monkeypatch, capsys):
     (tmp_path / "m").write_bytes(b"hello")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["torchprune_ext", "inspect", str(tmp_path / "m")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("torchprune_ext", run_name="__main__")
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
 
 
 def test_a_reader_that_stops_listening_is_no_error(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from cases import CASES, HOSTS, flat
 from contracts import (
     EVERY_BAD,
+    STATES,
     drop_gradient,
     every_method,
     every_state,
@@ -83,8 +84,11 @@ PLANTS = [
 
 
 @every_method
-@every_state
-@pytest.mark.parametrize("error", [PlantedError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("state", "error"),
+    list(zip(STATES, itertools.cycle([KeyboardInterrupt, PlantedError]))),
+    ids=lambda value: value.__name__,
+)
 def test_an_error_planted_anywhere_inside_changes_nothing(case, state, error):
     reached = 0
     for owner, name in [*PLANTS, (case.cls, "compute_mask")]:

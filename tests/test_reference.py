@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import itertools
 
 import pytest
 import torch
@@ -155,9 +156,17 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("again", LOOPS)
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("first", FIRST)
+# every two of the three together: each change of each past is seen, and looked for by each call
+@pytest.mark.parametrize(
+    ("first", "change", "again"),
+    [
+        (first, change, again)
+        for (i, first), (j, change), (k, again) in itertools.product(
+            enumerate(FIRST), enumerate(CHANGES), enumerate(LOOPS)
+        )
+        if (i + j - k) % len(LOOPS) < 2
+    ],
+)
 def test_survivors_that_have_changed_are_refused_without_a_reference(first, change, again):
     model, params, dense = fresh()
     FIRST[first](params)

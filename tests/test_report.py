@@ -337,9 +337,9 @@ def test_a_layer_pruned_by_n_of_m_is_said_to_be_that(layer, n, m):
     for permanent in (False, True):
         if permanent:
             tpe.remove(layer, "weight")
-        row = tpe.report(layer)["weight"]
-        assert tightest(row.nm) == [NM(n, m, axis, False, parts)]
-        assert f"{n}:{m} dim {axis}" in str(tpe.report(layer))
+        found = tpe.report(layer)
+        assert tightest(found["weight"].nm) == [NM(n, m, axis, False, parts)]
+        assert f"{n}:{m} dim {axis}" in str(found)
 
 
 def test_patterns_that_others_follow_from_and_stacked_ones():
