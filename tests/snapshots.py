@@ -27,7 +27,7 @@ def _bits(tensor):
     """Return the values of a tensor, bit for bit, as they are now."""
     if tensor.is_meta:
         return b""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _shown(content):
