@@ -34,7 +34,7 @@ Data = list[dict[str, Any]]
 Params = list[tuple[nn.Module, str]]
 Goal = tpe.NM | float  # n of m, or how much of each row goes
 Way = Callable[[nn.Module, Data, Params, Goal], object]
-REFINED, EPOCHS, RATE = 4, 10, 5e-5  # of refining: blocks of a step, epochs, learning rate
+REFINED, EPOCHS, RATE = 4, 5, 3e-5  # of refining: blocks of a step, epochs, learning rate
 COLUMNS: dict[str, Goal] = {"50%": 0.5, "2:4": tpe.NM(2, 4), "60%": 0.6, "70%": 0.7}
 
 

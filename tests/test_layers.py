@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compensating import MARKS, best_row, build, close, compensate, data, prune_and_compensate, sparsegpt
+from compensating import MARKS, best_row, build, close, compensate, data, in_both, prune_and_compensate, sparsegpt
 from snapshots import Snapshot
 from torch import nn
 from torch.nn.utils import prune
@@ -192,7 +192,7 @@ def test_experts_that_a_fixed_router_feeds_are_fitted():
     dense, batches = copy.deepcopy(model), data((4,), (60,))
     params = [(expert, "weight") for expert in model.experts] + [(model.last, "weight")]
     fits = prune_and_compensate(model, batches, params, target_sparsity=0.5)
-    y, found = (net(batches[0][0]).detach() for net in (dense, model))
+    _, found, y = in_both(model, dense, "last", batches)
     assert fits[model.last, "weight"].after == pytest.approx(
         float((found - y).square().sum() / (y - y.mean(0)).square().sum()), rel=1e-6
     )
