@@ -16,9 +16,9 @@ def test_what_was_refined_is_fitted_again_to_the_dense_model_only():
     model, dense, params = made(seed=1)
     batches = data()
     tpe.compensate(model, batches, params, dense=dense, **QUIET)
-    first = tpe.refine(model, batches, dense=dense, epochs=2, optimizer=adam(1e-3), **QUIET)
+    first = tpe.refine(model, batches, dense=dense, epochs=2, optimizer=adam(1e-2), **QUIET)
     again = tpe.compensate(model, batches, params, dense=dense, **QUIET)
-    second = tpe.refine(model, batches, dense=dense, epochs=2, **QUIET)
+    second = tpe.refine(model, batches, dense=dense, epochs=2, optimizer=adam(1e-2), **QUIET)
     assert first.model.after < first.model.before
     assert len(again) == len(params)
     assert second.model.after <= second.model.before

@@ -136,6 +136,28 @@ class CalledAgain(Block):
         return x + self.down(torch.tanh(self.up(self.norm(self.norm(x)))))
 
 
+class Returned(Block):
+    """The model hands out what the layer gives, too."""
+
+    def join(self, x, y):
+        return {"sum": x + y, "parts": [(y, None)]}
+
+
+class Skip(nn.Module):
+    """Adds, in its last layer, what only the first block has passed by."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.down = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.blocks = nn.ModuleList([Scaled(), Scaled(), Scaled()])
+
+    def forward(self, x):
+        first = h = self.start(x)
+        for block in self.blocks:
+            h = block(h)
+        return first + self.down(h)
+
+
 SUMS = [Block, Reversed, InPlace, IntoTheStream, Dropped, PassedOn]
 OTHERS = [Scaled, Alpha, Looked, Twice, Broadcast, Changed, Later, CalledAgain]
 
@@ -173,6 +195,32 @@ def by_definition(make, masks, batches, sums, dense_inputs=1):
             layer.weight.data[row], layer.bias.data[row] = found
         errors.append(float((layer(x).detach() - y).square().sum() / (y - y.mean(0)).square().sum()))
     return model, errors
+
+
+def test_a_layer_whose_output_the_model_hands_out_is_fitted_to_it():
+    batches, model = data((5,), (40, 23)), build(Returned).eval()
+    for module, name in pairs(model):
+        prune.random_unstructured(module, name, amount=0.5)
+    expected, _ = by_definition(Returned, [m.weight_mask for m, _ in pairs(model)], batches, False)
+    compensate(model, batches, pairs(model))
+    close(model.down.weight.detach(), expected.down.weight.detach())
+
+
+@pytest.mark.parametrize("window", [coroutines.WINDOW, 1, 0])
+def test_a_stream_that_passed_by_long_ago_is_remembered(window, monkeypatch):
+    monkeypatch.setattr(coroutines, "WINDOW", window)
+    batches, model = data((5,), (40, 23)), build(Skip).eval()
+    dense = copy.deepcopy(model)
+    for module, name in pairs(model):
+        prune.random_unstructured(module, name, amount=0.5)
+    compensate(model, batches, pairs(model))
+    x, _, y = in_both(model, dense, "down", batches)
+    ours, theirs = (watch(net, net.start, batches)[1] for net in (dense, model))
+    y[: len(ours)] += ours - theirs
+    start, keep = (dense.down.weight * model.down.weight_mask).detach(), model.down.weight_mask != 0
+    for row in range(5):
+        found, _ = best_row(x, y[:, row], start[row], keep[row], None, solvers.RIDGE)
+        close(model.down.weight[row].detach(), found)
 
 
 @pytest.mark.parametrize("dense_inputs", [0, 2, 2.0])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from torchprune_ext._batches import leaves
 from torchprune_ext._facts import tensors_in
 from torchprune_ext._layers import Layer
 from torchprune_ext.compensation.blocks import replaced
@@ -97,6 +98,10 @@ class Watch(TorchDispatchMode):
     def gives(self, layer: Layer, y: Tensor) -> None:
         """Follow the output ``y`` of a layer that is reached now."""
         self.outputs[y] = layer, self.time
+
+    def returned(self, output: Any) -> None:
+        """Take note of outputs of layers that the model hands out as they are."""
+        self.others |= {self.outputs[leaf][0] for leaf in leaves(output) if leaf in self.outputs}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See what an operation does with the layers' outputs, and run it."""

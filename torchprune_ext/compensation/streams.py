@@ -236,7 +236,9 @@ class Pass:
             return y
 
         with self._instead_of_products(look):
-            self.run.output(inputs)
+            output = self.run.output(inputs)
+            if watch is not None:
+                watch.returned(output)
         self.attributes.look()
         pairs = pairwise(sources)
         self.followed = {layer for (layer, source), (_, other) in pairs if source is not None and source.same(other)}
