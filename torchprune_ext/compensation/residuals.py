@@ -4,6 +4,7 @@ Where all that the model does with a layer's output is to add something to it th
 called, what counts is the sum. So the layer can make up for what the other part lacks in the pruned model.
 """
 
+import gc
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torchprune_ext._batches import leaves
 from torchprune_ext._facts import tensors_in
 from torchprune_ext._layers import Layer
 from torchprune_ext.compensation.blocks import replaced
@@ -99,9 +99,11 @@ class Watch(TorchDispatchMode):
         """Follow the output ``y`` of a layer that is reached now."""
         self.outputs[y] = layer, self.time
 
-    def returned(self, output: Any) -> None:
-        """Take note of outputs of layers that the model hands out as they are."""
-        self.others |= {self.outputs[leaf][0] for leaf in leaves(output) if leaf in self.outputs}
+    def kept(self) -> None:
+        """Take note of outputs of layers that are held: in what the model hands out, by a module, in a cache."""
+        if {layer for layer, _ in self.outputs.values()} - self.others:
+            gc.collect()
+        self.others |= {layer for layer, _ in self.outputs.values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See what an operation does with the layers' outputs, and run it."""

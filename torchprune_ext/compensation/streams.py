@@ -154,7 +154,10 @@ class Pass:
         added = self.residuals.of(layer)
         if self.dense:
             y = multiply()
-            hand_out(layer, Passing(x.detach(), y.detach(), added), known=layer in self.solved)
+            given = x.detach()
+            if self.attributes.written:  # into which the pruned model writes too, before this is looked at
+                given, added = given.clone(), None if added is None else added.clone()
+            hand_out(layer, Passing(given, y.detach(), added), known=layer in self.solved)
             return y
         hand_out(layer, Passing(x.detach(), None, added), known=layer in self.solved)
         weight, bias = self.solved[layer]
@@ -238,7 +241,8 @@ class Pass:
         with self._instead_of_products(look):
             output = self.run.output(inputs)
             if watch is not None:
-                watch.returned(output)
+                watch.kept()
+            del output  # which may hold what a layer gave
         self.attributes.look()
         pairs = pairwise(sources)
         self.followed = {layer for (layer, source), (_, other) in pairs if source is not None and source.same(other)}

@@ -1,0 +1,131 @@
+"""What a model does with a layer's output beside adding it, and with its memory, out of sight of its operations."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from compensating import MARKS, best_row, build, close, compensate, data, in_both, pairs, watch
+from test_residuals import Block, by_definition, two_of
+from torch import nn
+from torch.nn.utils import prune
+
+from torchprune_ext.compensation import coroutines, solvers
+
+pytestmark = [*MARKS, pytest.mark.usefixtures("to_the_end")]
+windows = pytest.mark.parametrize("window", [coroutines.WINDOW, 0])
+
+
+def fitted(make, batches, **options):
+    """Return a model of which half is pruned and the rest re-fitted."""
+    model = build(make).eval()
+    for module, name in pairs(model):
+        prune.random_unstructured(module, name, amount=0.5)
+    compensate(model, batches, pairs(model), **options)
+    return model
+
+
+def same_weights(model, expected):
+    for (one, _), (other, _) in zip(pairs(model), pairs(expected), strict=True):
+        close(one.weight.detach(), other.weight.detach())
+        close(one.bias.detach(), other.bias.detach())
+
+
+class Reusing(nn.Module):
+    """Writes what goes into its layer into a buffer that it has for that."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.down = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.register_buffer("room", torch.zeros(63, 6))
+
+    def forward(self, x):
+        return self.down(self.put(torch.tanh(self.start(x))))
+
+    def put(self, x):
+        self.room[: len(x)] = x
+        return self.room[: len(x)]
+
+
+class NotReusing(Reusing):
+    def put(self, x):
+        return x
+
+
+class StreamInBuffer(Block):
+    """Holds its stream in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("room", torch.zeros(63, 5))
+
+    def forward(self, x):
+        self.room[: len(x)] = x
+        stream = self.room[: len(x)]
+        return stream + self.down(torch.tanh(self.up(self.norm(stream))))
+
+
+@windows
+def test_memory_that_both_models_write_into_holds_what_either_wrote(window, monkeypatch):
+    monkeypatch.setattr(coroutines, "WINDOW", window)
+    batches = data((5,), (40, 23))
+    same_weights(fitted(Reusing, batches), fitted(NotReusing, batches))
+    model = fitted(two_of(StreamInBuffer), batches)
+    masks = [module.weight_mask for module, _ in pairs(model)]
+    same_weights(model, by_definition(two_of(StreamInBuffer), masks, batches, True)[0])
+
+
+@dataclass
+class Handed:
+    """An output that is not a tree of tensors."""
+
+    total: torch.Tensor
+    part: torch.Tensor
+
+
+class HandsOut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = Block(), Block()
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.last.down(torch.tanh(self.last.up(self.last.norm(x))))
+        return self.hand_out(x + y, y)
+
+    def hand_out(self, total, y):
+        return Handed(total, y)
+
+
+class Holds(HandsOut):
+    def hand_out(self, total, y):
+        self.seen = y
+        return total
+
+
+class Cyclic(HandsOut):
+    """Leaves a cycle behind that holds the layer's output, but nobody can reach it."""
+
+    def hand_out(self, total, y):
+        cycle = [y]
+        cycle.append(cycle)
+        return total
+
+
+@pytest.mark.parametrize("how", [HandsOut, Holds, Cyclic])
+def test_outputs_that_are_held_are_used(how):
+    batches = data((5,), (40, 23))
+    model = fitted(how, batches)
+    close(model.last.down.weight.detach(), _by_hand(model, how, batches, how is Cyclic))
+
+
+def _by_hand(model, how, batches, sums):
+    """Return the weight of the last layer, fitted to the sum or not."""
+    dense = build(how).eval()
+    x, _, y = in_both(model, dense, "last.down", batches)
+    if sums:
+        ours, theirs = (watch(net, net.last.norm, batches)[0] for net in (dense, model))
+        y[: len(ours)] += ours - theirs
+    mask, found = model.last.down.weight_mask, dense.last.down.weight.detach().clone()
+    for row in range(len(found)):
+        found[row] = best_row(x, y[:, row], (found * mask)[row], mask[row] != 0, None, solvers.RIDGE)[0]
+    return found
