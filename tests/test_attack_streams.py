@@ -9,7 +9,7 @@ from test_residuals import Block, by_definition, two_of
 from torch import nn
 from torch.nn.utils import prune
 
-from torchprune_ext.compensation import coroutines, solvers
+from torchprune_ext.compensation import coroutines, solvers, streams
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("to_the_end")]
 windows = pytest.mark.parametrize("window", [coroutines.WINDOW, 0])
@@ -129,3 +129,18 @@ def _by_hand(model, how, batches, sums):
     for row in range(len(found)):
         found[row] = best_row(x, y[:, row], (found * mask)[row], mask[row] != 0, None, solvers.RIDGE)[0]
     return found
+
+
+def test_streams_do_not_wait_in_memory_where_batches_are_offloaded(monkeypatch, tmp_path):
+    held, advance = [], streams.Pass._next
+
+    def look(self, *args):
+        on = advance(self, *args)
+        held.append(sum(len(each) for each in self.residuals.held.values()))
+        return on
+
+    monkeypatch.setattr(streams.Pass, "_next", look)
+    batches = data((5,), (9,) * 5)
+    model = fitted(two_of(Block), batches, offload=str(tmp_path))
+    assert held == [0] * 6
+    same_weights(model, by_definition(two_of(Block), [m.weight_mask for m, _ in pairs(model)], batches, True)[0])

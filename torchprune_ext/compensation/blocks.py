@@ -104,7 +104,9 @@ class Blocks:
         call.entered.add(block)
         if block in call.outputs:
             return call.outputs[block].again()
+        call.inside = block
         output = forward(*args, **kwargs)
+        call.inside = None
         kept = Output(output, self.folder)
         if self.last:
             for earlier in call.outputs.values():

@@ -137,11 +137,13 @@ class Replay(Call):
         self.met: set[object] = set()
         self.entered: set[object] = set()
         self.outputs: dict[object, Any] = {}
+        self.inside: object = None  # the block that runs
 
     def resume(self) -> Any:
         """Run the call from its start, and return what it hands out that is not known; None at its end."""
         self.met.clear()
         self.entered.clear()
+        self.inside = None
         try:
             self.context.copy().run(self._work)
         except _Stopped as stopped:

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torchprune_ext._facts import tensors_in
 from torchprune_ext._layers import Layer
 from torchprune_ext.compensation.blocks import replaced
-from torchprune_ext.compensation.coroutines import Call, running
+from torchprune_ext.compensation.coroutines import Call, Replay, running
 
 Place = tuple[nn.Module, int | str]  # a module, and which of the arguments that it is called with
 
@@ -33,7 +33,7 @@ class Residuals:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.places: dict[Layer, Place] = {}
-        self.held: dict[Call, dict[Layer, Any]] = defaultdict(dict)
+        self.held: dict[Call, dict[Layer, tuple[Any, object]]] = defaultdict(dict)  # with the block that was passed
 
     @contextmanager
     def looking(self) -> Iterator["Watch"]:
@@ -55,7 +55,7 @@ class Residuals:
             if call is not None:
                 given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
                 for layer, key in layers[module]:
-                    self.held[call][layer] = given.get(key)
+                    self.held[call][layer] = given.get(key), getattr(call, "inside", None)
             return forward(*args, **kwargs)
 
         with replaced(layers, enter):
@@ -64,8 +64,14 @@ class Residuals:
     def of(self, layer: Layer) -> Tensor | None:
         """Hand out what is added to the output of ``layer`` in the call that runs; None if nothing is, or was seen."""
         call = running()
-        found = None if call is None else self.held[call].pop(layer, None)
+        found, _ = (None, None) if call is None else self.held[call].pop(layer, (None, None))
         return found.detach() if isinstance(found, Tensor) else None
+
+    def forget(self, call: Call) -> None:
+        """Let go what ``call``, if it begins anew, passes by again: all outside of blocks that it has come out of."""
+        if isinstance(call, Replay):
+            kept = {layer: pair for layer, pair in self.held[call].items() if pair[1] in call.outputs}
+            self.held[call] = kept
 
     def __str__(self) -> str:
         """Name the layers and the places."""

@@ -147,6 +147,7 @@ class Pass:
         self.dense = dense
         with self.attributes.of(call, watch=False), holding(self.reference) if dense else nullcontext():
             stop: tuple[Layer, Passing] | None = call.resume()
+        self.residuals.forget(call)
         return stop
 
     def _reach(self, layer: Layer, x: Tensor, multiply: Multiply) -> Tensor:
