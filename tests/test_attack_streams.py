@@ -17,7 +17,7 @@ windows = pytest.mark.parametrize("window", [coroutines.WINDOW, 0])
 
 def fitted(make, batches, **options):
     """Return a model of which half is pruned and the rest re-fitted."""
-    model = build(make).eval()
+    model = build(make).to(batches[0][0].dtype).eval()
     for module, name in pairs(model):
         prune.random_unstructured(module, name, amount=0.5)
     compensate(model, batches, pairs(model), **options)
@@ -144,3 +144,64 @@ def test_streams_do_not_wait_in_memory_where_batches_are_offloaded(monkeypatch, 
     model = fitted(two_of(Block), batches, offload=str(tmp_path))
     assert held == [0] * 6
     same_weights(model, by_definition(two_of(Block), [m.weight_mask for m, _ in pairs(model)], batches, True)[0])
+
+
+class CalledTwiceInLarge(Block):
+    """Calls its norm with something else, too, in large batches."""
+
+    def forward(self, x):
+        normed = self.norm(x)
+        if len(x) > 30:
+            self.norm(x * 3)
+        return x + self.down(torch.tanh(self.up(normed)))
+
+
+class ScaledInLarge(Block):
+    def join(self, x, y):
+        return x + 0.5 * y if len(x) > 30 else x + y
+
+
+class OtherStreamInLarge(Block):
+    def join(self, x, y):
+        return (x.tanh() if len(x) > 30 else x) + y
+
+
+class ScaledInOdd(Block):
+    """Tells batches apart by their values."""
+
+    def forward(self, x):
+        return super().forward(x) if float(x.sum()) > 0 else self.twice(x)
+
+    def twice(self, x):
+        normed = self.norm(x)
+        self.norm(x * 3)
+        return x + self.down(torch.tanh(self.up(normed)))
+
+
+@pytest.mark.parametrize("sizes", [(40, 23), (23, 40)])
+@pytest.mark.parametrize("block", [CalledTwiceInLarge, ScaledInLarge, OtherStreamInLarge])
+def test_what_batches_of_another_shape_do_with_an_output_counts(block, sizes):
+    batches = data((5,), sizes)
+    model = fitted(two_of(block), batches)
+    masks = [module.weight_mask for module, _ in pairs(model)]
+    same_weights(model, by_definition(two_of(block), masks, batches, block is CalledTwiceInLarge)[0])
+
+
+@windows
+def test_a_module_that_is_called_again_in_a_batch_of_the_same_shape_is_refused(window, monkeypatch):
+    monkeypatch.setattr(coroutines, "WINDOW", window)
+    (x, _), *_ = data((5,), (20,))
+    with pytest.raises(ValueError, match="different ways"):
+        fitted(ScaledInOdd, [(x.abs(), None), (-x.abs(), None)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_dense_inputs_may_be_any_number(dtype):
+    batches = data((5,), (40, 23), dtype=dtype)
+    found = [
+        torch.cat([m.weight.detach().flatten() for m, _ in pairs(fitted(two_of(Block), batches, dense_inputs=d))])
+        for d in (0, 1e-300, 1e12, 1e38, 1.7e308)
+    ]
+    tolerance = 0.05 if dtype is torch.float16 else 1e-3
+    for one, other in ((0, 1), (2, 3), (3, 4)):
+        torch.testing.assert_close(found[one], found[other], rtol=tolerance, atol=tolerance)

@@ -23,7 +23,7 @@ from torchprune_ext._statistics import Key
 from torchprune_ext._tables import percent, table
 from torchprune_ext.compensation.reference import Dense, reference_tables
 from torchprune_ext.compensation.solvers import Moments, Problem, refit
-from torchprune_ext.compensation.streams import Pass, Solve, Tables
+from torchprune_ext.compensation.streams import Pass, Solve, Tables, weights_of
 from torchprune_ext.masks import finish
 from torchprune_ext.methods import GlobalPruning
 
@@ -255,7 +255,7 @@ class Task:
                     found, keep = decide(layer, problem, weight, alive)
                 new, bias, before, after = _rounded(layer, problem, weight * keep, found, free, keep_better)
                 key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
-                rows = round(problem.count / (1 + self.dense_inputs))
+                rows = round(problem.count / sum(weights_of(self.dense_inputs)))
                 errors = float(before.sum()) / whole, float(after.sum()) / whole
                 fits[key] = Fit(*errors, rows, layer.label, keep.numel(), int((keep == 0).sum()))
                 masks[key] = layer.shaped(keep)

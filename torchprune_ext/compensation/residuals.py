@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprune_ext._facts import tensors_in
 from torchprune_ext._layers import Layer
-from torchprune_ext.compensation.blocks import replaced
+from torchprune_ext.compensation.blocks import OTHER_WAY, replaced
 from torchprune_ext.compensation.coroutines import Call, Replay, running
 
 Place = tuple[nn.Module, int | str]  # a module, and which of the arguments that it is called with
@@ -32,16 +32,23 @@ class Residuals:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.found: dict[Layer, list[Place]] | None = None  # in all rehearsals so far
         self.places: dict[Layer, Place] = {}
         self.held: dict[Call, dict[Layer, tuple[Any, object]]] = defaultdict(dict)  # with the block that was passed
 
     @contextmanager
     def looking(self) -> Iterator["Watch"]:
-        """Find the places while the model runs once; tell what the context gives of each layer's output."""
+        """Find the places while the model runs once; tell what the context gives of each layer's output.
+
+        After several runs, as with batches of several shapes, the places are those that all of them have.
+        """
         modules = [module for module in self.model.modules() if not isinstance(module, torch.jit.ScriptModule)]
         with Watch() as watch, replaced(modules, watch.enter):
             yield watch
-        self.places = watch.places()
+        found = watch.places()
+        if self.found is not None:
+            found = {layer: [p for p in found.get(layer, ()) if p in places] for layer, places in self.found.items()}
+        self.found, self.places = found, {layer: places[-1] for layer, places in found.items() if places}
 
     @contextmanager
     def taking(self) -> Iterator[None]:
@@ -55,6 +62,8 @@ class Residuals:
             if call is not None:
                 given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
                 for layer, key in layers[module]:
+                    if layer in self.held[call]:
+                        raise ValueError(OTHER_WAY)  # the module was called once in the rehearsal
                     self.held[call][layer] = given.get(key), getattr(call, "inside", None)
             return forward(*args, **kwargs)
 
@@ -74,9 +83,8 @@ class Residuals:
             self.held[call] = kept
 
     def __str__(self) -> str:
-        """Name the layers and the places."""
-        names = {module: name for name, module in self.model.named_modules()}
-        return str({layer.label: (names[module], key) for layer, (module, key) in self.places.items()})
+        """Name the layers."""
+        return str(sorted(layer.label for layer in self.places))
 
 
 class Watch(TorchDispatchMode):
@@ -107,8 +115,8 @@ class Watch(TorchDispatchMode):
 
     def kept(self) -> None:
         """Take note of outputs of layers that are held: in what the model hands out, by a module, in a cache."""
-        if {layer for layer, _ in self.outputs.values()} - self.others:
-            gc.collect()
+        if {layer for layer, _ in self.outputs.values()} & self.sums.keys():
+            gc.collect()  # what only a cycle holds is not held
         self.others |= {layer for layer, _ in self.outputs.values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -131,11 +139,10 @@ class Watch(TorchDispatchMode):
         if func is torch.ops.aten.add_.Tensor and args[0] is y:
             del self.outputs[y]  # which is the sum from now on
 
-    def places(self) -> dict[Layer, Place]:
-        """Return the last place at which what is added passes by before each layer, of modules that are called once."""
-        found = {}
-        for layer, places in self.sums.items():
-            once = [place for place in places if self.calls[place[0]] == 1]
-            if once and layer not in self.others:
-                found[layer] = once[-1]
-        return found
+    def places(self) -> dict[Layer, list[Place]]:
+        """Return where what is added passes by before each layer, in order, at modules that are called once."""
+        return {
+            layer: [place for place in places if self.calls[place[0]] == 1]
+            for layer, places in self.sums.items()
+            if layer not in self.others
+        }

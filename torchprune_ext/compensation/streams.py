@@ -97,6 +97,11 @@ class Pass:
                 for batch in batches:
                     check_mask(batch.mask, batch.size)  # which refuses a batch without samples too
                 self._rehearse(batches[0], sample_axes=any(batch.mask is not None for batch in batches))
+                first = batches[0].shapes()
+                unlike = next((batch for batch in batches if batch.shapes() != first), None)
+                if self.sums and unlike is not None:
+                    with self.residuals.looking() as watch:
+                        self._seen(unlike.inputs, watch=watch)
             self.run.ranks.agree("what the model adds to the outputs of its layers", str(self.residuals))
             modules, device = [layer.module for layer in self.layers], self.run.tensors[0].device.type
             with (
@@ -258,13 +263,14 @@ class Pass:
             parts = [part for part in (y, dense.added, pruned.added) if part is not None and part.shape == y.shape]
             if len(parts) < 3:
                 raise ValueError(OTHER_WAY)
-            y, ours, theirs = (part.to(wide(part.dtype)) for part in parts)
-            wanted = y + (ours - theirs)
-        self._add(moments, layer, pruned.x, wanted, batch)
-        if self.dense_inputs:
-            self._add(moments, layer, dense.x, dense.y, batch, self.dense_inputs)
+            y, stream, other = (part.to(wide(part.dtype)) for part in parts)
+            wanted = y + (stream - other)
+        ours, theirs = weights_of(self.dense_inputs)
+        self._add(moments, layer, pruned.x, wanted, batch, theirs)
+        if ours:
+            self._add(moments, layer, dense.x, dense.y, batch, ours)
 
-    def _add(self, moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch, weight: float = 1.0) -> None:
+    def _add(self, moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch, weight: float) -> None:
         """Add inputs ``x`` and the outputs ``y`` that are wanted for them, of which each row has a ``weight``."""
         axis = self.axes.get(layer, 0)
         x, y = x.movedim(axis, 0), y.movedim(axis, 0)
@@ -310,6 +316,11 @@ class Pass:
         moments.followed = layer in self.followed
         self.before = moments if moments.followed else None
         return self.solve(layer, moments)
+
+
+def weights_of(dense_inputs: float) -> tuple[float, float]:
+    """Return how much inputs in the reference and in the pruned model count, the larger 1, so that sums stay finite."""
+    return (dense_inputs, 1.0) if dense_inputs <= 1 else (1.0, 1 / dense_inputs)
 
 
 @contextmanager
