@@ -1,5 +1,6 @@
 """What a model does with a layer's output beside adding it, and with its memory, out of sight of its operations."""
 
+import inspect
 from dataclasses import dataclass
 
 import pytest
@@ -205,3 +206,18 @@ def test_dense_inputs_may_be_any_number(dtype):
     tolerance = 0.05 if dtype is torch.float16 else 1e-3
     for one, other in ((0, 1), (2, 3), (3, 4)):
         torch.testing.assert_close(found[one], found[other], rtol=tolerance, atol=tolerance)
+
+
+class ReadsSignature(Block):
+    """Does something else where its own forward takes other arguments, as models do that are wrapped."""
+
+    def forward(self, x, scale=1.0):
+        known = "scale" in inspect.signature(self.forward).parameters
+        return x + self.down(torch.tanh(self.up(self.norm(x * (scale if known else 2)))))
+
+
+def test_signatures_stay_what_they_are():
+    batches = data((5,), (40, 23))
+    model = fitted(two_of(ReadsSignature), batches)
+    masks = [module.weight_mask for module, _ in pairs(model)]
+    same_weights(model, by_definition(two_of(ReadsSignature), masks, batches, True)[0])

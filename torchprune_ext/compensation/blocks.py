@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, update_wrapper
 from itertools import chain
 from typing import Any
 
@@ -122,7 +122,8 @@ def replaced(modules: Iterable[nn.Module], stand_in: Callable[..., Any]) -> Iter
     before = [(module, vars(module).get("forward")) for module in modules]
     try:
         for module, _ in before:
-            vars(module)["forward"] = plain(partial(stand_in, module, module.forward))
+            other = plain(partial(stand_in, module, module.forward))
+            vars(module)["forward"] = update_wrapper(other, module.forward)  # some models read its signature
         yield
     finally:
         for module, forward in before:
