@@ -1,5 +1,6 @@
 """What a model does with a layer's output beside adding it, and with its memory, out of sight of its operations."""
 
+import copy
 import inspect
 from dataclasses import dataclass
 
@@ -221,3 +222,32 @@ def test_signatures_stay_what_they_are():
     model = fitted(two_of(ReadsSignature), batches)
     masks = [module.weight_mask for module, _ in pairs(model)]
     same_weights(model, by_definition(two_of(ReadsSignature), masks, batches, True)[0])
+
+
+class PostNorm(Block):
+    """Its stream is made by the block and goes into a layer, but into no other module."""
+
+    def forward(self, x):
+        x = self.norm(x)
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+@windows
+@pytest.mark.parametrize("listed", ["all", "down"])
+def test_the_sum_is_fitted_whatever_else_is_listed(window, listed, monkeypatch):
+    monkeypatch.setattr(coroutines, "WINDOW", window)
+    batches, model = data((5,), (40, 23)), build(two_of(PostNorm)).eval()
+    dense = copy.deepcopy(model)
+    params = [(block.down, "weight") for block in model[:2]]
+    if listed == "all":
+        params += [(block.up, "weight") for block in model[:2]]
+    for module, name in params:
+        prune.random_unstructured(module, name, amount=0.5)
+    compensate(model, batches, params)
+    x, _, y = in_both(model, dense, "1.down", batches)
+    ours, theirs = (watch(net, net[1].up, batches)[0] for net in (dense, model))
+    y[: len(ours)] += ours - theirs
+    mask, start = model[1].down.weight_mask, dense[1].down.weight.detach()
+    for row in range(len(start)):
+        found = best_row(x, y[:, row], start[row] * mask[row], mask[row] != 0, None, solvers.RIDGE)[0]
+        close(model[1].down.weight[row].detach(), found)

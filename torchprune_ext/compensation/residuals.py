@@ -7,7 +7,7 @@ called, what counts is the sum. So the layer can make up for what the other part
 import gc
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -42,8 +42,7 @@ class Residuals:
 
         After several runs, as with batches of several shapes, the places are those that all of them have.
         """
-        modules = [module for module in self.model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-        with Watch() as watch, replaced(modules, watch.enter):
+        with Watch(self.model) as watch:
             yield watch
         found = watch.places()
         if self.found is not None:
@@ -88,16 +87,21 @@ class Residuals:
 
 
 class Watch(TorchDispatchMode):
-    """Follows what modules are called with and what layers give, operation by operation."""
+    """Follows what the modules of ``model`` are called with and what layers give, operation by operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
         self.time = 0
         self.calls: Counter[nn.Module] = Counter()
         self.arguments = WeakIdKeyDictionary()  # of each tensor when, as what and in which version it was passed
         self.outputs = WeakIdKeyDictionary()  # of layers: which layer, and when it was reached
         self.sums: dict[Layer, list[Place]] = {}
         self.others: set[Layer] = set()  # whose output is used in another way
+
+    def calls_seen(self) -> AbstractContextManager[None]:
+        """See all calls of modules, those too whose forward has been replaced."""
+        return replaced(self.modules, self.enter)
 
     def enter(self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Write down what ``module`` is called with, and call it."""
