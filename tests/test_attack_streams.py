@@ -2,10 +2,12 @@
 
 import copy
 import inspect
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from compensating import MARKS, best_row, build, close, compensate, data, in_both, pairs, watch
 from test_residuals import Block, by_definition, two_of
 from torch import nn
@@ -251,3 +253,26 @@ def test_the_sum_is_fitted_whatever_else_is_listed(window, listed, monkeypatch):
     for row in range(len(start)):
         found = best_row(x, y[:, row], start[row] * mask[row], mask[row] != 0, None, solvers.RIDGE)[0]
         close(model[1].down.weight[row].detach(), found)
+
+
+def on_two_ranks(rank, init):
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(solvers, "TOLERANCE", 0.0)
+            for block in (Block, ScaledInLarge):
+                batches = data((5,), (40, 23))
+                alone, model = (
+                    fitted(two_of(block), each, **options)
+                    for each, options in ((batches, {}), ([batches[rank]], {"process_group": dist.group.WORLD}))
+                )
+                same_weights(model, alone)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()) or sys.platform == "win32", reason="needs gloo"
+)
+def test_ranks_whose_batches_take_other_ways_find_what_one_process_finds(tmp_path, processes):
+    processes.spawn(on_two_ranks, (f"file://{tmp_path}/init",), 2)

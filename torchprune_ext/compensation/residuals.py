@@ -6,7 +6,7 @@ called, what counts is the sum. So the layer can make up for what the other part
 
 import gc
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchprune_ext._facts import tensors_in
 from torchprune_ext._layers import Layer
+from torchprune_ext._ranks import Ranks
 from torchprune_ext.compensation.blocks import OTHER_WAY, replaced
 from torchprune_ext.compensation.coroutines import Call, Replay, running
 
@@ -49,6 +50,12 @@ class Residuals:
             found = {layer: [p for p in found.get(layer, ()) if p in places] for layer, places in self.found.items()}
         self.found, self.places = found, {layer: places[-1] for layer, places in found.items() if places}
 
+    def agree(self, ranks: Ranks, layers: Sequence[Layer]) -> None:
+        """Keep the places of those ``layers`` for which all ranks have one."""
+        for layer, count in zip(layers, ranks.totals(*[layer in self.places for layer in layers]), strict=True):
+            if count < ranks.size:
+                self.places.pop(layer, None)
+
     @contextmanager
     def taking(self) -> Iterator[None]:
         """Take up what calls of the model pass by the places."""
@@ -80,10 +87,6 @@ class Residuals:
         if isinstance(call, Replay):
             kept = {layer: pair for layer, pair in self.held[call].items() if pair[1] in call.outputs}
             self.held[call] = kept
-
-    def __str__(self) -> str:
-        """Name the layers."""
-        return str(sorted(layer.label for layer in self.places))
 
 
 class Watch(TorchDispatchMode):

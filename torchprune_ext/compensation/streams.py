@@ -102,7 +102,7 @@ class Pass:
                 if self.sums and unlike is not None:
                     with self.residuals.looking() as watch:
                         self._seen(unlike.inputs, watch=watch)
-            self.run.ranks.agree("what the model adds to the outputs of its layers", str(self.residuals))
+            self.residuals.agree(self.run.ranks, self.layers)
             modules, device = [layer.module for layer in self.layers], self.run.tensors[0].device.type
             with (
                 side_by_side(self.run, modules, batches, device, self.offload, streams=2) as (calls, blocks),
