@@ -68,6 +68,21 @@ class StreamInBuffer(Block):
         return stream + self.down(torch.tanh(self.up(self.norm(stream))))
 
 
+class Elsewhere(Reusing):
+    """Has its room where nobody can see it."""
+
+    def put(self, x, room=torch.zeros(63, 6, dtype=torch.float64)):  # noqa: B008
+        room[: len(x)] = x
+        return room[: len(x)]
+
+
+@windows
+def test_memory_that_no_module_holds_is_refused(window, monkeypatch):
+    monkeypatch.setattr(coroutines, "WINDOW", window)
+    with pytest.raises(ValueError, match=r"down.weight gets its input, or .*memory .* Let a module hold it, as by reg"):
+        fitted(Elsewhere, data((5,), (40, 23)))
+
+
 @windows
 def test_memory_that_both_models_write_into_holds_what_either_wrote(window, monkeypatch):
     monkeypatch.setattr(coroutines, "WINDOW", window)

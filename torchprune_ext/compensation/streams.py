@@ -55,6 +55,10 @@ class Passing:
     y: Any
     added: Tensor | None
 
+    def versions(self) -> list[int]:
+        """Return how often the memory of ``x`` and of what is added has been written into."""
+        return [each._version for each in (self.x, self.added) if each is not None and not each.is_inference()]
+
 
 class Pass:
     """One pass over the data that solves ``layers`` one after the other.
@@ -136,12 +140,20 @@ class Pass:
         """Let all batches of this rank go on to the next layer, and return it with its moments."""
         reached, moments = None, Moments(self.before)
         for number, ((dense, pruned), batch) in enumerate(zip(calls, batches, strict=True)):
-            y, x = self._resume(dense, dense=True), self._resume(pruned, dense=False)
+            y = self._resume(dense, dense=True)
+            written = None if y is None else y[1].versions()
+            x = self._resume(pruned, dense=False)
             layers = {None if stop is None else stop[0] for stop in (y, x)} | ({reached} if number else set())
             if len(layers) > 1 or (y is not None and y[0] in self.solved):
                 raise ValueError(OTHER_WAY)
             if x is not None and y is not None:
                 reached = x[0]
+                if y[1].versions() != written:
+                    raise ValueError(
+                        f"{reached.label} gets its input, or what is added to its output, in memory that every call of "
+                        "the model writes into, and no module holds it, so that calls cannot take turns. Let a module "
+                        f"hold it, as by register_buffer. {leave_out(reached.label)}."
+                    )
                 self._bring(moments, reached, x[1], y[1], batch)
         if reached is None and len(self.solved) < len(self.layers):
             raise ValueError(OTHER_WAY)
