@@ -2,10 +2,12 @@
 
 import contextlib
 import multiprocessing
+import socket
 import traceback
 from multiprocessing.connection import wait
 
 import pytest
+import torch
 
 GRACE = 1  # seconds in which others may say what they failed with, after the first
 
@@ -57,6 +59,14 @@ class Processes:
         if failed:
             self.stop()
             raise AssertionError("\n\n".join(f"rank {rank} of {nprocs}: {failed[rank]}" for rank in sorted(failed)))
+
+    def trained(self, function, path):
+        """Call ``function(rank, port, path)`` in two processes, and return what each has saved as ``rank<n>.pt``."""
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        self.spawn(function, (port, path), 2)
+        return [torch.load(path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
     def _start(self):
         context = multiprocessing.get_context("spawn")

@@ -1,7 +1,6 @@
 """The callback in the Trainer of transformers: each step as the schedule says, resumed runs as uninterrupted ones."""
 
 import json
-import socket
 import sys
 import warnings
 from types import SimpleNamespace
@@ -260,11 +259,7 @@ def train_in_process(rank, port, path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs gloo")
 def test_two_processes_get_the_same_masks(tmp_path, processes):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    processes.spawn(train_in_process, (port, tmp_path), 2)
-    one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    one, other = processes.trained(train_in_process, tmp_path)
     for key, value in one["model"].items():
         assert torch.equal(value, other["model"][key]), key
     total = sum(module.weight.numel() for module, _ in linears_of(made()))

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import socket
 import sys
 import warnings
 from types import SimpleNamespace
@@ -381,11 +380,7 @@ def fit_in_process(rank, port, path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs gloo")
 def test_two_processes_get_the_same_masks(tmp_path, processes):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    processes.spawn(fit_in_process, (port, tmp_path), 2)
-    one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    one, other = processes.trained(fit_in_process, tmp_path)
     for key, value in one.items():
         if "running" not in key:  # each process has its own data
             assert torch.equal(value, other[key]), key

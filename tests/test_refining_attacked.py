@@ -16,9 +16,9 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 both = pytest.mark.parametrize("whole", [False, True])
 
 
-def refused(match, model, batches, **options):
+def refused(match, model, batches, error=ValueError, **options):
     before = Snapshot(model)
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(error, match=match):
         tpe.refine(model, batches, **{"epochs": 1, **options}, **QUIET)
     assert not before.differences()
 
@@ -33,20 +33,20 @@ def nothing(output, dense):
 @both
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize(
-    ("loss", "match"),
+    ("loss", "match", "error"),
     [
-        (nothing, "loss= gave NaN or infinity"),
-        (lambda a, b: a - b, r"loss= gave a tensor of shape \(8, 4, 3\), not a number"),
-        (lambda a, b: 1.5, "loss= gave a float, not a tensor"),
-        (lambda a, b: None, "loss= gave a NoneType, not a tensor"),
-        (lambda a, b: (a.argmax(-1) != b.argmax(-1)).sum(), "loss= gave a tensor of torch.int64"),
+        (nothing, "loss= gave NaN or infinity", ValueError),
+        (lambda a, b: a - b, r"loss= gave a tensor of shape \(8, 4, 3\), not a number", ValueError),
+        (lambda a, b: 1.5, "loss= gave a float, not a tensor", TypeError),
+        (lambda a, b: None, "loss= gave a NoneType, not a tensor", TypeError),
+        (lambda a, b: (a.argmax(-1) != b.argmax(-1)).sum(), "loss= gave a tensor of torch.int64", ValueError),
     ],
     ids=["nan", "vector", "float", "none", "integer"],
 )
-def test_a_loss_that_is_not_one(loss, match, alone, whole):
+def test_a_loss_that_is_not_one(loss, match, error, alone, whole):
     model, dense, _ = made(layers=2)
     blocks = [model] if alone else None
-    refused(match, model, data(), dense=dense, loss=loss, whole=whole, blocks=blocks)
+    refused(match, model, data(), error, dense=dense, loss=loss, whole=whole, blocks=blocks)
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -118,9 +118,9 @@ def check_whole(param: str, value: int, least: int) -> None:
 def check_weight(param: str, value: float) -> None:
     """Raise unless ``value``, the caller's ``param``, is a finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{param}={value!r} is a {type(value).__name__}. Pass a number >= 0, e.g. 1.0.")
+        raise TypeError(f"{param}={value!r} is a {type(value).__name__}. Pass a number >= 0.")
     if not 0 <= value < math.inf:
-        raise ValueError(f"{param}={value!r} is negative or not finite. Pass a number >= 0, e.g. 1.0.")
+        raise ValueError(f"{param}={value!r} is negative or not finite. Pass a finite number >= 0.")
 
 
 def check_generator(generator: torch.Generator | None) -> None:

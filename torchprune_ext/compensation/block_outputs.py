@@ -186,7 +186,7 @@ class Distance:
 def _number(loss: object, output: Tensor) -> Tensor:
     """Return what ``loss=`` gave for ``output``, without axes, a number with a gradient where one is needed."""
     if not isinstance(loss, Tensor):
-        raise ValueError(
+        raise TypeError(
             f"loss= gave a {type(loss).__name__}, not a tensor. Return what torch computes, without item()."
         )
     if loss.numel() != 1:

@@ -342,9 +342,7 @@ def _distance(run: Run, batches: Sequence[Batch]) -> Distance:
     calls, name = Calls(run, {}), "the model"
     masked = next((batch for batch in batches if batch.mask is not None), None)
     axes = None if masked is None else sample_axes(calls, masked, calls.outputs(masked.inputs), [name])[0]
-    found = Distance(name, axes)
-    found.remedy = "Leave allocation='auto' out, or pass amounts as target_sparsity=."
-    return found
+    return Distance(name, axes, remedy="Leave allocation='auto' out, or pass amounts as target_sparsity=.")
 
 
 def _tables(found: Sequence[Fitted], values: Sequence[Solution]) -> list[tuple[dict[str, Any], str, nn.Parameter]]:

@@ -32,6 +32,7 @@ class Call:
     """
 
     restarts = False  # whether each resume begins anew
+    inside: object = None  # the block that runs, of those that a call that begins anew skips once it has come out
 
     def __init__(self, work: Callable[[], object], device: str) -> None:
         self.work, self.device = work, device
@@ -137,7 +138,6 @@ class Replay(Call):
         self.met: set[object] = set()
         self.entered: set[object] = set()
         self.outputs: dict[object, Any] = {}
-        self.inside: object = None  # the block that runs
 
     def resume(self) -> Any:
         """Run the call from its start, and return what it hands out that is not known; None at its end."""

@@ -75,9 +75,8 @@ def refine(
             ``loader`` is what :func:`.prune_and_compensate` has fitted to, the error there is too low from the start to
             tell what would get better elsewhere.
         optimizer: from a list of parameters to an optimizer of torch, whose ``step`` calls the closure that it is
-            given. By default ``Adam(parameters, lr=1e-4,
-            betas=(0.9, 0.98))``. The learning rate of any rises linearly in the first tenth of the steps, at most 30,
-            and falls linearly to 0.
+            given. By default ``Adam(parameters, lr=1e-4, betas=(0.9, 0.98))``. The learning rate of any rises linearly
+            in the first tenth of the steps, at most 30, and falls linearly to 0.
         loss: for the model's output instead of the relative error, from a tensor of it and that of the reference model
             to a number, such as a divergence of logits. With ``sample_mask`` it gets the rows that count. Where the
             blocks are fitted in sequence it only decides, and needs no gradient.

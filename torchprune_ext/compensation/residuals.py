@@ -70,7 +70,7 @@ class Residuals:
                 for layer, key in layers[module]:
                     if layer in self.held[call]:
                         raise ValueError(OTHER_WAY)  # the module was called once in the rehearsal
-                    self.held[call][layer] = given.get(key), getattr(call, "inside", None)
+                    self.held[call][layer] = given.get(key), call.inside
             return forward(*args, **kwargs)
 
         with replaced(layers, enter):
