@@ -88,6 +88,7 @@ ORDER = [
     "compensation.batch_norm",
     "compensation.sources",
     "compensation.solvers",
+    "compensation.scalings",
     "compensation.residuals",
     "compensation.splitting",
     "compensation.greedy",

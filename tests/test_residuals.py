@@ -158,8 +158,8 @@ class Skip(nn.Module):
         return first + self.down(h)
 
 
-SUMS = [Block, Reversed, InPlace, IntoTheStream, Dropped, PassedOn]
-OTHERS = [Scaled, Alpha, Looked, Twice, Broadcast, Changed, Later, CalledAgain]
+SUMS = [Block, Reversed, InPlace, IntoTheStream, Dropped, PassedOn, Scaled]
+OTHERS = [Alpha, Looked, Twice, Broadcast, Changed, Later, CalledAgain]
 
 
 def two_of(block):
@@ -186,7 +186,7 @@ def by_definition(make, masks, batches, sums, dense_inputs=1):
         if sums and name.endswith("down"):  # what a block gets is what it adds
             block = name.removesuffix(".down")
             ours, theirs = (watch(net, net.get_submodule(block), batches)[0] for net in (dense, model))
-            y[: len(ours)] += ours - theirs
+            y[: len(ours)] += (ours - theirs) * (2 if isinstance(model.get_submodule(block), Scaled) else 1)
         half = len(x) // 2
         x, y = (torch.cat([t[:half], *[t[half:]] * dense_inputs]) for t in (x, y))
         for row in range(len(layer.weight)):

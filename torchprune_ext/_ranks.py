@@ -70,9 +70,7 @@ class Ranks:
         if self.group is None:
             return
         self.agree(f"the names of {what}", str(list(checksums)))
-        places = torch.zeros(self.size, len(checksums), dtype=torch.int64, device="cpu")
-        places[self.rank] = torch.tensor(list(checksums.values()), dtype=torch.int64, device="cpu")
-        places = self.sum(places)
+        places = self.of_all(*checksums.values())
         others = [name for name, same in zip(checksums, (places == places[0]).all(0).tolist(), strict=True) if not same]
         if others:
             more = f" and {len(others) - 3} more" * (len(others) > 3)
@@ -88,9 +86,13 @@ class Ranks:
 
     def counts(self, count: int) -> list[int]:
         """Return the ``count`` of every rank, in rank order."""
-        places = torch.zeros(self.size, dtype=torch.int64, device="cpu")
-        places[self.rank] = count
-        return self.sum(places).tolist()
+        return self.of_all(count).flatten().tolist()
+
+    def of_all(self, *numbers: int) -> Tensor:
+        """Return the ``numbers`` of every rank, ``(ranks, numbers)``, int64."""
+        places = torch.zeros(self.size, len(numbers), dtype=torch.int64, device="cpu")
+        places[self.rank] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        return self.sum(places)
 
     def concatenate(self, tensor: Tensor) -> Tensor:
         """Return the 1-D tensors of all ranks, of any lengths, one behind the other."""

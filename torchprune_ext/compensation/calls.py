@@ -47,6 +47,7 @@ SCORES: dict[str, Callable[[Problem, Tensor], Tensor]] = {
     "wanda": wanda_scores,
     "magnitude": magnitude_scores,
 }
+IN_SCALE = {"admm": 1, "obs": 2}  # power of the scale of the outputs in which such scores of several rows compare
 
 
 def compensate(
@@ -315,7 +316,8 @@ class _Choice:
             return refit(problem, weight, alive), alive
         along = None if self.pattern is None else along_inputs(self.pattern, layer)
         for size in _shrinking(weight.shape[-1] // (width or 1), goal, along, self.steps or 1):
-            largest = partial(_largest, layer, size=size, width=width, alive=alive, more=more)
+            rows = problem.scale ** IN_SCALE.get(self.criterion, 0)
+            largest = partial(_largest, layer, size=size, width=width, alive=alive, more=more, rows=rows)
             start = None
             if self.criterion == "admm":
                 near = Thresholds(size, alive) if isinstance(size, int) and width is None else None
@@ -340,11 +342,13 @@ class _Choice:
         return GlobalPruning("prune_and_compensate", **asked)
 
 
-def _largest(layer: Layer, scores: Tensor, size: NM | int, width: int | None, alive: Tensor, more: int) -> Tensor:
+def _largest(
+    layer: Layer, scores: Tensor, size: NM | int, width: int | None, alive: Tensor, more: int, rows: Tensor
+) -> Tensor:
     """Return the mask of the largest of ``scores`` of those ``alive``.
 
     ``n`` of ``m``, or so many of each row, and so many ``more`` in all, one of a row at most; or so many units of
-    ``width`` columns, by the sum of their squares.
+    ``width`` columns, by the sum of their squares over ``rows``, each by its scale.
     """
     if isinstance(size, NM):
         shaped = layer.shaped(scores)
@@ -353,10 +357,10 @@ def _largest(layer: Layer, scores: Tensor, size: NM | int, width: int | None, al
         mask = nm_mask(scores, NM(size, scores.shape[-1], dim=2), alive)
         if more:
             ahead = nm_mask(scores, NM(size + 1, scores.shape[-1], dim=2), alive) - mask
-            rows = (scores * ahead).sum(-1).flatten(), NM(more, ahead[..., 0].numel(), dim=0), ahead.sum(-1).flatten()
-            mask += ahead * nm_mask(*rows).view_as(ahead[..., :1])
+            worth = ((scores * ahead).sum(-1) * rows).flatten()
+            mask += ahead * nm_mask(worth, NM(more, len(worth), dim=0), ahead.sum(-1).flatten()).view_as(ahead[..., :1])
         return mask
-    squares = (scores * alive).double().square().unflatten(-1, (-1, width)).sum((1, 3))
+    squares = (scores * alive * rows.unsqueeze(-1)).double().square().unflatten(-1, (-1, width)).sum((1, 3))
     left = alive.unflatten(-1, (-1, width)).amax((1, 3))
     return of_units(nm_mask(squares, NM(size, squares.shape[-1], dim=1), left), width, alive)
 

@@ -37,7 +37,7 @@ class Fit:
 
     It is the mean over the layer's inputs in the model as pruned before it and in the reference model, weighted as by
     ``dense_inputs``; :func:`.sparsegpt` sees only the former. Where the layer is fitted to a sum, as with a residual
-    stream, the errors are those of the sum.
+    stream, the errors are those of the sum, and so in the scale of a BatchNorm that comes before it.
 
     Args:
         before: with what was pruned merely zeroed.
@@ -254,9 +254,9 @@ class Task:
                 else:
                     found, keep = decide(layer, problem, weight, alive)
                 new, bias, before, after = _rounded(layer, problem, weight * keep, found, free, keep_better)
-                key, whole = (layer.module, layer.name), float(problem.variation.sum()) or 1.0
+                key, whole = (layer.module, layer.name), problem.total(problem.variation) or 1.0
                 rows = round(problem.count / sum(weights_of(self.dense_inputs)))
-                errors = float(before.sum()) / whole, float(after.sum()) / whole
+                errors = problem.total(before) / whole, problem.total(after) / whole
                 fits[key] = Fit(*errors, rows, layer.label, keep.numel(), int((keep == 0).sum()))
                 masks[key] = layer.shaped(keep)
                 if rows < weight.shape[-1]:

@@ -44,11 +44,17 @@ def greedy_units(problem: Problem, mask: Tensor, width: int, keep: int) -> Tenso
     """
     alive: Tensor = mask.unflatten(-1, (-1, width)).amax((1, 3)) != 0
     places = torch.arange(mask.shape[-1], device=mask.device).view(-1, width)
-    for units, damped in zip(alive, zip(*problem.damped(torch.float64), mask, strict=True), strict=True):
+    for units, damped in zip(alive, zip(*weighed(problem), mask, strict=True), strict=True):
         left = units.nonzero().squeeze(1)
         [part] = parts_of(*damped, [places[left]])
         units[left[eliminate([part], keep)[0]]] = False
     return alive
+
+
+def weighed(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return the second moments in float64, those of the outputs in the scales in which they count."""
+    gram, cross = problem.damped(torch.float64)
+    return gram, cross.mul_(problem.scale.unsqueeze(-1))
 
 
 def parts_of(gram: Tensor, cross: Tensor, mask: Tensor, units: Sequence[Tensor]) -> list[Part]:

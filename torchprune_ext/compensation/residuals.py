@@ -1,14 +1,16 @@
 """What a model adds to the outputs of its layers, as a residual stream is: found in a rehearsal, taken up in each call.
 
 Where all that the model does with a layer's output is to add something to it that was there before the layer was
-called, what counts is the sum. So the layer can make up for what the other part lacks in the pruned model.
+called, what counts is the sum. So the layer can make up for what the other part lacks in the pruned model. Before that
+the channels of its output may be scaled and shifted, as by a BatchNorm.
 """
 
 import gc
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,44 @@ from torchprune_ext._layers import Layer
 from torchprune_ext._ranks import Ranks
 from torchprune_ext.compensation.blocks import OTHER_WAY, replaced
 from torchprune_ext.compensation.coroutines import Call, Replay, running
+from torchprune_ext.compensation.scalings import Scaling, Step, Times, largest, might_scale, scale_and_shift, scales
 
 Place = tuple[nn.Module, int | str]  # a module, and which of the arguments that it is called with
+
+
+class Output(NamedTuple):
+    """What a layer gives, or what became of it.
+
+    Args:
+        layer: the layer.
+        reached: when it was.
+        probe: a sample of its output, with the largest size everywhere.
+        steps: by what it was scaled since; None once it went into one more such step.
+    """
+
+    layer: Layer
+    reached: int
+    probe: Tensor
+    steps: tuple[Step, ...] | None
+
+
+class Sum(NamedTuple):
+    """A sum that the output of a layer goes into.
+
+    Args:
+        places: where what is added passes by.
+        steps: by what the output is scaled before.
+        probe: as of :class:`Output`.
+    """
+
+    places: Sequence[Place]
+    steps: tuple[Step, ...]
+    probe: Tensor
+
+    def also(self, other: "Sum | None") -> "Sum":
+        """Return what holds in another run too."""
+        found = other.places if other is not None and other.steps == self.steps else ()
+        return self._replace(places=[place for place in self.places if place in found])
 
 
 class Residuals:
@@ -29,12 +67,14 @@ class Residuals:
 
     Args:
         model: the model.
+        layers: the layers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.found: dict[Layer, list[Place]] | None = None  # in all rehearsals so far
+    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        self.model, self.layers = model, layers
+        self.found: dict[Layer, Sum] | None = None  # in all rehearsals so far
         self.places: dict[Layer, Place] = {}
+        self.scalings: dict[Layer, Scaling] = {}  # of the outputs that are scaled before
         self.held: dict[Call, dict[Layer, tuple[Any, object]]] = defaultdict(dict)  # with the block that was passed
 
     @contextmanager
@@ -43,18 +83,40 @@ class Residuals:
 
         After several runs, as with batches of several shapes, the places are those that all of them have.
         """
-        with Watch(self.model) as watch:
+        with Watch(self.model, self.layers) as watch:
             yield watch
-        found = watch.places()
+        found = watch.found()
         if self.found is not None:
-            found = {layer: [p for p in found.get(layer, ()) if p in places] for layer, places in self.found.items()}
-        self.found, self.places = found, {layer: places[-1] for layer, places in found.items() if places}
+            found = {layer: each.also(found.get(layer)) for layer, each in self.found.items()}
+        self.found, self.places = found, {layer: each.places[-1] for layer, each in found.items() if each.places}
 
-    def agree(self, ranks: Ranks, layers: Sequence[Layer]) -> None:
-        """Keep the places of those ``layers`` for which all ranks have one."""
-        for layer, count in zip(layers, ranks.totals(*[layer in self.places for layer in layers]), strict=True):
-            if count < ranks.size:
+    def measure(self, dense: AbstractContextManager[None]) -> None:
+        """Find out by how much outputs are scaled before something is added, now and with the ``dense`` tensors."""
+        scaled = {layer: each for layer, each in (self.found or {}).items() if each.steps and each.places}
+        ours = {layer: scale_and_shift(layer, each.steps, each.probe) for layer, each in scaled.items()}
+        with dense:
+            for layer, each in scaled.items():
+                self.scalings[layer] = Scaling.of(ours[layer], scale_and_shift(layer, each.steps, each.probe))
+
+    def scale_of(self, layer: Layer) -> Tensor | None:
+        """Return by how much outputs of ``layer`` are scaled, ``(groups, outputs)``; None if they are not."""
+        return layer.outputs(self.scalings[layer].scale.abs()).squeeze(1) if layer in self.scalings else None
+
+    def agree(self, ranks: Ranks) -> None:
+        """Keep the sums of those layers for which all ranks have one, after the same steps."""
+        told = ranks.of_all(*[self._told(layer) for layer in self.layers])
+        for layer, codes in zip(self.layers, told.t().tolist(), strict=True):
+            if 0 in codes or len(set(codes)) > 1:
                 self.places.pop(layer, None)
+                self.scalings.pop(layer, None)
+
+    def _told(self, layer: Layer) -> int:
+        """Return a number for the steps before the sum, 0 for none."""
+        if layer not in self.places:
+            return 0
+        names = {module: name for name, module in self.model.named_modules()}
+        steps = [names.get(step, step) for step in (self.found or {})[layer].steps]
+        return 1 + crc32(str(steps).encode())
 
     @contextmanager
     def taking(self) -> Iterator[None]:
@@ -90,16 +152,17 @@ class Residuals:
 
 
 class Watch(TorchDispatchMode):
-    """Follows what the modules of ``model`` are called with and what layers give, operation by operation."""
+    """Follows what the modules of ``model`` are called with and what ``layers`` give, operation by operation."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         super().__init__()
+        self.listed = {layer.module for layer in layers}
         self.modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
         self.time = 0
         self.calls: Counter[nn.Module] = Counter()
         self.arguments = WeakIdKeyDictionary()  # of each tensor when, as what and in which version it was passed
-        self.outputs = WeakIdKeyDictionary()  # of layers: which layer, and when it was reached
-        self.sums: dict[Layer, list[Place]] = {}
+        self.outputs = WeakIdKeyDictionary()  # of layers, or scaled since: an Output each
+        self.sums: dict[Layer, Sum] = {}
         self.others: set[Layer] = set()  # whose output is used in another way
 
     def calls_seen(self) -> AbstractContextManager[None]:
@@ -114,42 +177,74 @@ class Watch(TorchDispatchMode):
             if type(value) is Tensor and not value.is_inference():
                 passed = self.arguments.setdefault(value, [])
                 passed.append((self.time, (module, key), value._version))
-        return forward(*args, **kwargs)
+        alone = len(args) == 1 and not kwargs and type(args[0]) is Tensor and module not in self.listed
+        output = self.outputs.get(args[0]) if alone else None
+        if output is None or not might_scale(module, output.layer, args[0]):
+            return forward(*args, **kwargs)
+        return self._through(module, forward, args[0])
 
     def gives(self, layer: Layer, y: Tensor) -> None:
         """Follow the output ``y`` of a layer that is reached now."""
-        self.outputs[y] = layer, self.time
+        if y.numel():
+            self.outputs[y] = Output(layer, self.time, torch.full_like(y[:1], largest(y)), ())
 
     def kept(self) -> None:
         """Take note of outputs of layers that are held: in what the model hands out, by a module, in a cache."""
-        if {layer for layer, _ in self.outputs.values()} & self.sums.keys():
+        if {output.layer for output in self.outputs.values()} & self.sums.keys():
             gc.collect()  # what only a cycle holds is not held
-        self.others |= {layer for layer, _ in self.outputs.values()}
+        self.others |= {output.layer for output in self.outputs.values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See what an operation does with the layers' outputs, and run it."""
-        for tensor in tensors_in([args, kwargs or {}]):
-            if tensor in self.outputs:
-                layer, reached = self.outputs[tensor]
-                self._used(layer, reached, tensor, func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        found = [tensor for tensor in tensors_in([args, kwargs]) if tensor in self.outputs]
+        times = Times.of(func, args, kwargs) if found else None
+        if times is not None:
+            return self._scaled(found[0], times, func(*args, **kwargs))
+        for tensor in found:
+            self._used(tensor, func, args, kwargs)
+        return func(*args, **kwargs)
 
-    def _used(self, layer: Layer, reached: int, y: Tensor, func: Any, args: Any, kwargs: Any) -> None:
+    def _through(self, module: nn.Module, forward: Any, y: Tensor) -> Any:
+        """Call a module with the output of a layer, and see whether it only scales that."""
+        output, version = self.outputs.pop(y), y._version  # what is done with it meanwhile is looked at as a whole
+        z = forward(y)
+        scaled = scales(output.layer, forward, y, z)
+        self.outputs[y] = output
+        if scaled:
+            return self._scaled(y, module, z)
+        if z is not y or y._version != version:
+            self.others.add(output.layer)
+        return z
+
+    def _scaled(self, y: Tensor, step: Step, z: Tensor) -> Tensor:
+        """Follow ``z``, which a ``step`` made of the output ``y`` of a layer, or of what became of it."""
+        output = self.outputs[y]
+        if output.steps is None or output.layer in self.sums:
+            self.others.add(output.layer)
+        else:
+            self.outputs[z], self.outputs[y] = output._replace(steps=(*output.steps, step)), output._replace(steps=None)
+        return z
+
+    def _used(self, y: Tensor, func: Any, args: Any, kwargs: Any) -> None:
         """Take note of what is added to ``y``, or of another use."""
+        layer, reached, probe, steps = self.outputs[y]
         added = func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and not kwargs
-        other = next((term for term in args if term is not y), None) if added else None
-        if not isinstance(other, Tensor) or other.shape != y.shape or other.dtype != y.dtype or layer in self.sums:
+        other: Any = next((term for term in args if term is not y), None) if added else None
+        alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (y.shape, y.dtype)
+        if not alike or steps is None or layer in self.sums:
             self.others.add(layer)
             return
-        passed = self.arguments.get(other, [])
-        self.sums[layer] = [place for time, place, version in passed if time <= reached and version == other._version]
+        passed, now = self.arguments.get(other, []), other._version
+        places = [place for time, place, version in passed if time <= reached and version == now]
+        self.sums[layer] = Sum(places, steps, probe)
         if func is torch.ops.aten.add_.Tensor and args[0] is y:
             del self.outputs[y]  # which is the sum from now on
 
-    def places(self) -> dict[Layer, list[Place]]:
-        """Return where what is added passes by before each layer, in order, at modules that are called once."""
+    def found(self) -> dict[Layer, Sum]:
+        """Return the sums, with the places before each layer in order, at modules that are called once."""
         return {
-            layer: [place for place in places if self.calls[place[0]] == 1]
-            for layer, places in self.sums.items()
+            layer: each._replace(places=[place for place in each.places if self.calls[place[0]] == 1])
+            for layer, each in self.sums.items()
             if layer not in self.others
         }

@@ -33,6 +33,7 @@ class Moments:
         self.sums: list[Tensor] = []
         self.before, self.followed = before, False  # whether this is the ``before`` of others
         self.sources: list[Source | None] = []
+        self.scale: Tensor | None = None  # what the outputs are multiplied by before they go into a sum
         self.known: list[tuple[Callable[[], Iterable[Tensor]], float]] = []  # inputs that only ``before`` has, weighted
 
     def reads(self, source: Source | None, inputs: Callable[[], Iterable[Tensor]], weight: float = 1.0) -> bool:
@@ -152,7 +153,9 @@ class Moments:
         else:
             self.inputs = before.inputs
         self.sums, self.before, self.known = [], None, []
-        return Problem(self.inputs, cross, variation, mean_y + self.origin[1].squeeze(1), bias)
+        scale = variation.new_ones(()) if self.scale is None else self.scale.to(variation)
+        mean_y = mean_y + self.origin[1].squeeze(1)
+        return Problem(self.inputs, cross, variation, mean_y, bias, scale.expand_as(variation))
 
 
 def _times(x: Tensor, weight: float) -> Tensor:
@@ -199,6 +202,7 @@ class Problem:
         variation: squares of the outputs about their means, ``(groups, outputs)``.
         mean_y: means of the outputs, ``(groups, outputs)``.
         bias: the bias that stays, broadcast to ``(groups, outputs)``; None if it is fitted.
+        scale: what outputs are multiplied by where they are added up with others, ``(groups, outputs)``.
     """
 
     inputs: Inputs
@@ -206,6 +210,11 @@ class Problem:
     variation: Tensor
     mean_y: Tensor
     bias: Tensor | None
+    scale: Tensor
+
+    def total(self, squares: Tensor) -> float:
+        """Return the sum over all rows of ``squares``, ``(groups, outputs)``, each in the scale in which it counts."""
+        return float((squares * self.scale.square()).sum())
 
     @property
     def count(self) -> float:

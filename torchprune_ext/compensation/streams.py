@@ -90,7 +90,7 @@ class Pass:
         self.axes: dict[Layer, int] = {}  # on which the samples stand in each layer's input, if that matters
         self.dense = False  # whether it is the reference that runs
         self.attributes = Attributes(run)
-        self.residuals = Residuals(run.model)
+        self.residuals = Residuals(run.model, layers)
         self.followed: set[Layer] = set()  # whose input the next layer gets too, in the rehearsal
         self.before: Moments | None = None  # of the last layer, if it is one of these
 
@@ -106,7 +106,9 @@ class Pass:
                 if self.sums and unlike is not None:
                     with self.residuals.looking() as watch:
                         self._seen(unlike.inputs, watch=watch)
-            self.residuals.agree(self.run.ranks, self.layers)
+                with torch.autocast(self.run.device.type, enabled=False):
+                    self.residuals.measure(holding(self.reference))
+            self.residuals.agree(self.run.ranks)
             modules, device = [layer.module for layer in self.layers], self.run.tensors[0].device.type
             with (
                 side_by_side(self.run, modules, batches, device, self.offload, streams=2) as (calls, blocks),
@@ -270,17 +272,19 @@ class Pass:
 
     def _bring(self, moments: Moments, layer: Layer, pruned: Passing, dense: Passing, batch: Batch) -> None:
         """Add what passes by ``layer`` in both calls of a batch to the moments."""
-        wanted = y = dense.y
+        own = wanted = y = dense.y
         if layer in self.residuals.places:
             parts = [part for part in (y, dense.added, pruned.added) if part is not None and part.shape == y.shape]
             if len(parts) < 3:
                 raise ValueError(OTHER_WAY)
             y, stream, other = (part.to(wide(part.dtype)) for part in parts)
-            wanted = y + (stream - other)
+            scaling, lack = self.residuals.scalings.get(layer), stream - other
+            own = y if scaling is None else scaling.own(y)
+            wanted = own + (lack if scaling is None else scaling.back(lack))
         ours, theirs = weights_of(self.dense_inputs)
         self._add(moments, layer, pruned.x, wanted, batch, theirs)
         if ours:
-            self._add(moments, layer, dense.x, dense.y, batch, ours)
+            self._add(moments, layer, dense.x, own, batch, ours)
 
     def _add(self, moments: Moments, layer: Layer, x: Tensor, y: Tensor, batch: Batch, weight: float) -> None:
         """Add inputs ``x`` and the outputs ``y`` that are wanted for them, of which each row has a ``weight``."""
@@ -326,6 +330,7 @@ class Pass:
                 "range of their dtype. Check the data, or leave such samples out by sample_mask=."
             )
         moments.followed = layer in self.followed
+        moments.scale = self.residuals.scale_of(layer)
         self.before = moments if moments.followed else None
         return self.solve(layer, moments)
 

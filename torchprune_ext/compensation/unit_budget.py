@@ -17,7 +17,7 @@ from torchprune_ext._layers import Layer
 from torchprune_ext._statistics import Key
 from torchprune_ext.compensation.fitting import Fits, Task
 from torchprune_ext.compensation.goals import Units, check_units, units_of
-from torchprune_ext.compensation.greedy import Part, eliminate, parts_of
+from torchprune_ext.compensation.greedy import Part, eliminate, parts_of, weighed
 from torchprune_ext.compensation.shares import Price, Shares
 from torchprune_ext.compensation.solvers import Problem, refit
 from torchprune_ext.deploy.checking import fixed_widths
@@ -187,8 +187,8 @@ def _look(task: Task, kinds: Sequence[Kind], fewest: Sequence[int]) -> None:
     def see(layer: Layer, problem: Problem, weight: Tensor, mask: Tensor) -> None:
         key = layer.module, layer.name
         columns = [kind.columns(layer, kind.alive) for kind in readers[key]]
-        scales = problem.size().flatten() / (problem.variation.sum() or 1.0)
-        for scale, gram, cross, left in zip(scales, *problem.damped(torch.float64), mask, strict=True):
+        scales = problem.size().flatten() / (problem.total(problem.variation) or 1.0)
+        for scale, gram, cross, left in zip(scales, *weighed(problem), mask, strict=True):
             for kind, part in zip(readers[key], parts_of(gram, cross, left, columns), strict=True):
                 part.squares.mul_(scale)
                 kind.parts.append(part)

@@ -1,0 +1,120 @@
+"""What scales and shifts the channels of a layer's output, as a BatchNorm in eval mode does, in two models."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_ext._layers import Layer
+from torchprune_ext._runs import wide
+
+LEAST = 1e-3  # of the largest scale: with less, a channel gives too little to be fitted to what it goes into
+OFF = {torch.float64: 1e-6, torch.float32: 1e-3}  # most by which scale and shift may miss a module's output
+OFF_HALF = 3e-2  # the same in half precision
+
+
+class Times(NamedTuple):
+    """Multiplies by a number, or divides."""
+
+    operation: Callable[[Tensor, float], Tensor]
+    number: float
+
+    @classmethod
+    def of(cls, operation: Any, args: Sequence[Any], kwargs: Any) -> "Times | None":
+        """Return what an ``operation`` of aten does to its first argument, None if it is something else."""
+        if operation not in (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor) or kwargs:
+            return None
+        plain = isinstance(args[0], Tensor) and isinstance(args[1], (int, float)) and not isinstance(args[1], bool)
+        return cls(operation, args[1]) if plain else None
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """Return the product or the quotient."""
+        return self.operation(y, self.number)
+
+
+Step = nn.Module | Times
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaling:
+    """By what the output of a layer is multiplied before it goes into a sum, each channel by its own.
+
+    All tensors broadcast to the output.
+
+    Args:
+        scale: of the pruned model.
+        ratio: by what the dense layer's output has to be multiplied, for both models to give the same then.
+        offset: what has to be added to that.
+        counts: bool, which channels are multiplied by something at all; ``ratio`` is 1 and ``offset`` 0 in the others.
+    """
+
+    scale: Tensor
+    ratio: Tensor
+    offset: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, pruned: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor]) -> "Scaling":
+        """Return it for the scale and shift of both models."""
+        scale, shift = pruned
+        finite = scale.isfinite() & shift.isfinite() & dense[0].isfinite() & dense[1].isfinite()
+        sizes = torch.where(finite, scale.abs(), 0.0)
+        counts = sizes > LEAST * sizes.max()
+        ratio = torch.where(counts, dense[0] / scale, 1.0)
+        offset = torch.where(counts, (dense[1] - shift) / scale, 0.0)
+        return cls(torch.where(finite, scale, 0.0), ratio, offset, counts)
+
+    def own(self, y: Tensor) -> Tensor:
+        """Return what the layer has to give for both models to give the same, where the dense one gives ``y``."""
+        return y * self.ratio + self.offset
+
+    def back(self, z: Tensor) -> Tensor:
+        """Return what becomes ``z`` once it is multiplied; 0 in channels that do not count."""
+        return torch.where(self.counts, z / self.scale, 0.0)
+
+
+def channel_axis(layer: Layer, y: Tensor) -> int:
+    """Return the axis of the output ``y`` of a layer on which its channels stand."""
+    return 1 if layer.convolution else y.dim() - 1
+
+
+def scale_and_shift(
+    layer: Layer, steps: Sequence[Step | Callable[[Tensor], Tensor]], probe: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return by what ``steps`` multiply each channel and what they add, if that is all they do.
+
+    Args:
+        layer: whose channels.
+        steps: taken one after the other.
+        probe: an output of the layer with the same value everywhere, as large as its outputs are.
+    """
+    high, low = (reduce(lambda y, step: step(y), steps, each) for each in (probe, -probe))
+    high, low = high.to(wide(high.dtype)), low.to(wide(low.dtype))
+    axis = channel_axis(layer, probe)
+    shape = [probe.shape[place] if place == axis else 1 for place in range(probe.dim())]
+    scale, shift = (high - low) / (2 * probe.flatten()[0].to(high)), (high + low) / 2
+    return tuple(each.movedim(axis, -1).flatten(0, -2)[0].view(shape) for each in (scale, shift))  # type: ignore[return-value]
+
+
+def might_scale(module: nn.Module, layer: Layer, y: Tensor) -> bool:
+    """Return whether ``module`` may scale the channels of a layer's output: it has a value for each, and no more."""
+    tensors, channels = [*module.parameters(), *module.buffers()], y.shape[channel_axis(layer, y)]
+    alone = next(module.children(), None) is None
+    return alone and bool(tensors) and all(each.numel() in (1, channels) for each in tensors)
+
+
+def scales(layer: Layer, forward: Callable[[Tensor], Tensor], y: Tensor, z: Any) -> bool:
+    """Return whether ``forward``, which made ``z`` of the output ``y`` of a layer, scales and shifts its channels."""
+    if type(z) is not Tensor or z is y or (z.shape, z.dtype) != (y.shape, y.dtype) or not z.is_floating_point():
+        return False
+    scale, shift = scale_and_shift(layer, [forward], torch.full_like(y[:1], largest(y)))
+    off = (y.to(scale) * scale + shift - z.to(scale)).abs()
+    return bool((off <= OFF.get(y.dtype, OFF_HALF) * largest(z)).all())
+
+
+def largest(y: Tensor) -> float:
+    """Return the largest size in ``y``; 1 if that is 0."""
+    return float(y.abs().max()) or 1.0
