@@ -1,12 +1,12 @@
 """Prune a real sentence encoder without training it, and see how far its embeddings move.
 
-Prunes the 36 linear layers of all-MiniLM-L6-v2 (22 million parameters) by each way of the library, half of every row or
-2 of 4, on 512 sentences, and compares the embeddings of 1,000 other sentences with the dense encoder's: mean cosine,
-and how often the nearest neighbour is the same. The sentences are those of Python's own help topics. More of them to
-calibrate on are the first lever, those that nothing is compared on: up to 1,277, or 1,512 with ``--held-out``.
+Prunes the 36 linear layers of all-MiniLM-L6-v2 (22 million parameters) by each way of the library, half of every row,
+2 of 4, or 70 %, on 512 sentences, and compares the embeddings of 1,000 other sentences with the dense encoder's: mean
+cosine, and how often the nearest neighbour is the same. The sentences are those of Python's own help topics. More of
+them to calibrate on are the first lever, those that nothing is compared on: up to 1,277, or 1,512 with ``--held-out``.
 
     pip install "torchprune-ext[encoder]"
-    python examples/prune_encoder.py [--model NAME_OR_FOLDER] [--calibration 1277]
+    python examples/prune_encoder.py [--model NAME_OR_FOLDER] [--calibration 1277] [--columns 70%]
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from goals import GOALS, Goal, Params, asked, by_rows
 from torch import Tensor, nn
 
 import torchprune_ext as tpe
 
-CALIBRATION, REPORTED, BATCH = 512, 1_000, 64
+CALIBRATION, REPORTED, BATCH, COLUMNS = 512, 1_000, 64, ("50%", "2:4", "70%")
 EPOCHS, RATE = 5, 3e-4  # of refining
 Batch = dict[str, Tensor]
-Params = list[tuple[nn.Module, str]]
 
 
 # --- the encoder and its sentences ----------------------------------------------------------------
@@ -105,21 +105,13 @@ def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=RATE, betas=(0.9, 0.98))
 
 
-def by_rows(params: Params, pattern: tpe.NM | None, scores: dict[Any, Tensor] | None = None) -> None:
-    """Keep half of each row, or ``pattern``."""
-    for module, name in params:
-        inputs = module.get_parameter(name).shape[1]
-        n, m = (inputs // 2, inputs) if pattern is None else (pattern.n, pattern.m)
-        tpe.nm_structured(module, name, n, m, importance_scores=None if scores is None else scores[module, name])
-
-
-def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], Params], object]]:
+def ways(goal: Goal) -> dict[str, Callable[[nn.Module, list[Batch], Params], object]]:
     """Return the ways of pruning a model, each by its name."""
-    goal: dict[str, Any] = {"target_sparsity": 0.5} if pattern is None else {"pattern": pattern}
     options: dict[str, Any] = {"sample_mask": counted, "progress": sys.stderr.isatty()}
+    given = asked(goal) | options
 
     def wanda(model: nn.Module, data: list[Batch], params: Params) -> None:
-        by_rows(params, pattern, tpe.calibration.activations(model, data, params, progress=False))
+        by_rows(params, goal, tpe.calibration.activations(model, data, params, progress=False))
 
     def compensated(prune: Callable[[nn.Module, list[Batch], Params], object]) -> Callable[..., object]:
         def run(model: nn.Module, data: list[Batch], params: Params) -> object:
@@ -130,29 +122,29 @@ def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], 
 
     def fitted(criterion: str, steps: int = 1, **more: Any) -> Callable[..., object]:
         return lambda model, data, params: tpe.prune_and_compensate(
-            model, data, params, criterion=criterion, steps=steps, **more, **goal, **options
+            model, data, params, criterion=criterion, steps=steps, **more, **given
         )
 
     def refined(model: nn.Module, data: list[Batch], params: Params) -> object:
         # Every eighth batch is kept from both: what has been fitted to does not tell what gets better elsewhere.
         dense, aside = copy.deepcopy(model), smaller(data[4::8] or data[-1:])
         seen = [batch for place, batch in enumerate(data) if place % 8 != 4] if len(data) > 1 else data
-        tpe.prune_and_compensate(model, seen, params, **goal, **options)
+        tpe.prune_and_compensate(model, seen, params, **given)
         more = {"whole": True, "held_out": aside, "optimizer": adam, "epochs": EPOCHS}
         return tpe.refine(model, smaller(seen), dense=dense, **more, **options)
 
     def magnitude(_: nn.Module, __: list[Batch], params: Params) -> None:
-        by_rows(params, pattern)
+        by_rows(params, goal)
 
     return {
         "magnitude": magnitude,
         "Wanda": wanda,
-        "SparseGPT": lambda model, data, params: tpe.sparsegpt(model, data, params, **goal, **options),
+        "SparseGPT": lambda model, data, params: tpe.sparsegpt(model, data, params, **given),
         "magnitude, compensated": compensated(magnitude),
         "Wanda, compensated": fitted("wanda"),
         "OBS in 4 steps, compensated": fitted("obs", 4),
         "admm, compensated": fitted("admm"),
-        **({"admm, shares by output": fitted("admm", allocation="auto")} if pattern is None else {}),
+        **({"admm, shares by output": fitted("admm", allocation="auto")} if isinstance(goal, float) else {}),
         "admm, refined": refined,
     }
 
@@ -160,12 +152,14 @@ def ways(pattern: tpe.NM | None) -> dict[str, Callable[[nn.Module, list[Batch], 
 # --- the table ------------------------------------------------------------------------------------
 
 
-def rows(model: nn.Module, calibration: list[Batch], test: list[Batch], only: str) -> Iterator[tuple[str, str, Tensor]]:
+def rows(
+    model: nn.Module, calibration: list[Batch], test: list[Batch], columns: list[str], only: str
+) -> Iterator[tuple[str, str, Tensor]]:
     """Yield the name, the cells and the embeddings of each way."""
     dense = embed(model, test)
     nearest = neighbours(dense)
-    for label, pattern in (("50 %", None), ("2:4", tpe.NM(2, 4))):
-        for name, way in ways(pattern).items():
+    for label in columns:
+        for name, way in ways(GOALS[label]).items():
             if only not in name:
                 continue
             pruned = copy.deepcopy(model)
@@ -218,12 +212,13 @@ def main() -> None:
     """Print the table and what changed."""
     known = parser(__doc__)
     known.add_argument("--only", default="", help="only the ways whose name has this in it")
+    known.add_argument("--columns", nargs="+", default=COLUMNS, choices=list(GOALS), help="how much goes")
     options = known.parse_args()
     model, tokenizer, calibration, told = load(options)
     test = batches(told, tokenizer)
     print(f"{'':<36}{'cosine':>9}{'neighbour':>11}{'pruning':>12}")
     last = None
-    for name, cells, found in rows(model, calibration, test, options.only):
+    for name, cells, found in rows(model, calibration, test, options.columns, options.only):
         print(f"{name:<36}{cells}", flush=True)
         last = found
     if last is not None:

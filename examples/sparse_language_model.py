@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from goals import GOALS, Goal, Params, asked, by_rows
 from language_model import REPORTED, batches, blocks, find, load, options, perplexity, some, source_blocks, trunk
 from measure import in_fresh_process, peak_megabytes
 from torch import Tensor, nn
@@ -31,27 +32,11 @@ from torch import Tensor, nn
 import torchprune_ext as tpe
 
 Data = list[dict[str, Any]]
-Params = list[tuple[nn.Module, str]]
-Goal = tpe.NM | float  # n of m, or how much of each row goes
 Way = Callable[[nn.Module, Data, Params, Goal], object]
 REFINED, EPOCHS, RATE = 4, 5, 3e-5  # of refining: blocks of a step, epochs, learning rate
-COLUMNS: dict[str, Goal] = {"50%": 0.5, "2:4": tpe.NM(2, 4), "60%": 0.6, "70%": 0.7}
 
 
 # --- the ways to prune ----------------------------------------------------------------------------
-
-
-def asked(goal: Goal) -> dict[str, Any]:
-    """Return the goal as the calls take it."""
-    return {"pattern": goal} if isinstance(goal, tpe.NM) else {"target_sparsity": goal}
-
-
-def by_rows(params: Params, goal: Goal, scores: dict[tuple[nn.Module, str], Tensor] | None = None) -> None:
-    """Prune each row by ``scores``, by default by magnitude; nothing is re-fitted."""
-    for module, name in params:
-        inputs = module.get_parameter(name).shape[1]
-        n, m = (goal.n, goal.m) if isinstance(goal, tpe.NM) else (round(inputs * (1 - goal)), inputs)
-        tpe.nm_structured(module, name, n, m, importance_scores=None if scores is None else scores[module, name])
 
 
 def magnitude(_: nn.Module, __: Data, params: Params, goal: Goal) -> None:
@@ -130,7 +115,7 @@ def measure(way: str | None, column: str | None, given: argparse.Namespace) -> d
     if way is not None and column is not None:
         params = tpe.prunable_parameters(trunk(model), types=nn.Linear)
         start = time.perf_counter()
-        found["MB"] = peak_megabytes(lambda: WAYS[way](model, data, params, COLUMNS[column]), given.device)
+        found["MB"] = peak_megabytes(lambda: WAYS[way](model, data, params, GOALS[column]), given.device)
         found["seconds"] = time.perf_counter() - start
         tpe.remove_all(model)
     texts = {"help": blocks(tokenizer)} | ({"source": source_blocks(tokenizer)} if given.other else {})
@@ -165,7 +150,7 @@ def header(given: argparse.Namespace) -> str:
 def main() -> None:
     """Print a row for each way and column."""
     parser = options(__doc__)
-    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS), help="how much goes")
+    parser.add_argument("--columns", nargs="+", default=list(GOALS), choices=list(GOALS), help="how much goes")
     parser.add_argument("--rows", nargs="+", default=list(WAYS), choices=list(WAYS), help="by which ways")
     parser.add_argument("--other", action="store_true", help="report on text of another kind too")
     parser.add_argument("--validation", action="store_true", help="report on other blocks, to choose by")
@@ -190,7 +175,7 @@ def main() -> None:
     row("dense")
     for column in given.columns:
         for way in given.rows:
-            if "shares" not in way or isinstance(COLUMNS[column], float):  # a pattern leaves none to choose
+            if "shares" not in way or isinstance(GOALS[column], float):  # a pattern leaves none to choose
                 row(f"{way}, {column}", way, column)
 
 

@@ -93,10 +93,10 @@ class Residuals:
     def measure(self, dense: AbstractContextManager[None]) -> None:
         """Find out by how much outputs are scaled before something is added, now and with the ``dense`` tensors."""
         scaled = {layer: each for layer, each in (self.found or {}).items() if each.steps and each.places}
-        ours = {layer: scale_and_shift(layer, each.steps, each.probe) for layer, each in scaled.items()}
         with dense:
-            for layer, each in scaled.items():
-                self.scalings[layer] = Scaling.of(ours[layer], scale_and_shift(layer, each.steps, each.probe))
+            theirs = {layer: scale_and_shift(layer, each.steps, each.probe) for layer, each in scaled.items()}
+        for layer, each in scaled.items():
+            self.scalings[layer] = Scaling.of(scale_and_shift(layer, each.steps, each.probe), theirs[layer])
 
     def scale_of(self, layer: Layer) -> Tensor | None:
         """Return by how much outputs of ``layer`` are scaled, ``(groups, outputs)``; None if they are not."""

@@ -106,8 +106,7 @@ class Pass:
                 if self.sums and unlike is not None:
                     with self.residuals.looking() as watch:
                         self._seen(unlike.inputs, watch=watch)
-                with torch.autocast(self.run.device.type, enabled=False):
-                    self.residuals.measure(holding(self.reference))
+                self.residuals.measure(holding(self.reference))
             self.residuals.agree(self.run.ranks)
             modules, device = [layer.module for layer in self.layers], self.run.tensors[0].device.type
             with (
