@@ -57,8 +57,11 @@ def test_the_largest_of_those_next_in_line_stay(data):
     scores, alive = drawn(values), drawn(st.sampled_from([0.0, 1.0, 1.0]))
     size = data.draw(st.integers(1, inputs))
     more = data.draw(st.integers(0, int((alive.sum(-1) > size).sum())))
-    found = calls._largest(None, scores, size, None, alive, more)
-    flat = rows_with_one_more(scores.flatten(0, 1), alive.flatten(0, 1), size, more)
+    rows = torch.tensor(
+        data.draw(st.lists(st.sampled_from([0.5, 1.0]), min_size=groups * outputs, max_size=groups * outputs))
+    )
+    found = calls._largest(None, scores, size, None, alive, more, rows.view(groups, outputs))
+    flat = rows_with_one_more(scores.flatten(0, 1) * rows.unsqueeze(-1), alive.flatten(0, 1), size, more)
     assert torch.equal(found, flat.reshape(shape))
 
 

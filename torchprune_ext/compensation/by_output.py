@@ -3,13 +3,14 @@
 A part of the batches is kept aside. On the others the model is pruned and fitted, at first with equal shares, and the
 output's error on what was kept aside is differentiated: to what a layer's weights would be if a little more or less of
 it went. Shares move towards the layers whose entries cost least, and all is done again, as long as the error falls.
+How prices rise with shares, the rounds show; after one that made it worse, the next goes less far.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from math import floor, inf, isfinite
+from math import floor, inf, isfinite, log
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +30,14 @@ from torchprune_ext.patterns import NM
 
 ASIDE = 4  # one of so many batches is kept aside
 APART = 1.5  # between the odds of a layer's share, gone to left, and the odds at which it is tried
-STEP = 2.0  # most by which these odds change from one round to the next, at the first of
-POWERS = 2, 4  # of the odds with which prices are taken to rise: at first, and at last, after rounds that failed
-ROUNDS = 8  # at most; seldom more than three
+REACH = 4.0  # most by which these odds change from one round to the next, until one made it worse
+BACK = 0.1, 0.5  # power of that to which it is taken then, where the least of a parabola is
+POWER = 1.5  # of the odds with which prices are taken to rise, until rounds have shown it
+POWERS = 1.0, 6.0  # within these
+MOVED = 1.05  # odds that have changed by as much show it
+GAIN = 0.01  # of the error: a round that promises less, or is worth less, is the last
+FAILURES = 2  # or so many rounds that made it worse
+ROUNDS = 8  # at most
 NONE = (
     "allocation='auto' differentiates the model's output, which depends on none of params here, as when the model "
     "computes under torch.no_grad(). Leave allocation out, or pass amounts as target_sparsity=."
@@ -198,15 +204,57 @@ class Search:
 
     def best(self) -> tuple[Goals, list[float]]:
         """Return the shares with the least error, and the errors of all rounds."""
-        best, power = self.round(None), POWERS[0]
-        rounds = [best]
-        while len(rounds) < ROUNDS and power <= POWERS[1]:
-            keep = self.moved(best, power)
-            if all(keep != each.keep for each in rounds):
-                rounds.append(self.round(keep))
-            better = rounds[-1].error < best.error
-            best, power = (rounds[-1], power) if better else (best, 2 * power)
+        best, power, reach, failures = self.round(None), POWER, REACH, 0
+        rounds, gain = [best], inf
+        while len(rounds) < ROUNDS and failures < FAILURES and gain >= GAIN * best.error:
+            keep = self.moved(best, power, reach)
+            if not self.promised(best, keep, power) > GAIN * best.error or any(keep == each.keep for each in rounds):
+                break
+            new = self.round(keep)
+            rounds.append(new)
+            shown = self.shown(best, new, power)
+            if new.error < best.error:
+                best, power, gain = new, shown, best.error - new.error
+            else:
+                slope = self.promised(best, keep, 0.0)
+                part = slope / (2 * (slope + new.error - best.error))
+                power, reach, failures = max(power, shown), reach ** min(max(part, BACK[0]), BACK[1]), failures + 1
         return self.goals(best.keep), [each.error for each in rounds]
+
+    def odds(self, keep: Sequence[Kept]) -> list[float]:
+        """Return the odds of gone to left of each layer, where so many entries stay; above 0."""
+        return [
+            _odds(max(each.gone(left.most), 0.5 / each.inputs))
+            for each, left in zip(self.columns.values(), keep, strict=True)
+        ]
+
+    def shown(self, old: Round, new: Round, otherwise: float) -> float:
+        """Return the power of the odds with which prices rose from one round to another, over all layers."""
+        pairs = [
+            (log(after / before), log(price / cost))
+            for before, after, cost, price in zip(
+                self.odds(old.keep), self.odds(new.keep), old.prices, new.prices, strict=True
+            )
+            if cost > 0 and price > 0 and not 1 / MOVED < after / before < MOVED
+        ]
+        if len(pairs) < 3:
+            return otherwise
+        x, y = (torch.tensor(each, dtype=torch.float64, device="cpu") for each in zip(*pairs, strict=True))
+        x, y = x - x.mean(), y - y.mean()
+        slope = float((x * y).sum() / x.square().sum())
+        return min(max(slope, POWERS[0]), POWERS[1]) if isfinite(slope) else otherwise
+
+    def promised(self, last: Round, keep: Sequence[Kept], power: float) -> float:
+        """Return by how much the error should fall from the ``last`` round to shares that keep so much."""
+        gain = 0.0
+        odds = zip(self.odds(last.keep), self.odds(keep), strict=True)
+        for each, old, new, price, (before, after) in zip(
+            self.columns.values(), last.keep, keep, last.prices, odds, strict=True
+        ):
+            if old.most != new.most:
+                more = (each.gone(new.most) - each.gone(old.most)) * each.entries
+                gain -= more * max(price, 0.0) * (1 + (after / before) ** power) / 2
+        return gain
 
     def goal(self) -> int:
         """Return how many entries shall be gone; raise where that cannot be."""
@@ -238,19 +286,14 @@ class Search:
             {key: left.more for (key, _), left in pairs if left.more},
         )
 
-    def moved(self, last: Round, power: int) -> list[Kept]:
+    def moved(self, last: Round, power: float, reach: float) -> list[Kept]:
         """Return shares nearer to those at which an entry costs the same everywhere."""
-        columns = list(self.columns.values())
-        before = [
-            _odds(max(each.gone(left.most), 0.5 / each.inputs)) for each, left in zip(columns, last.keep, strict=True)
-        ]
-
-        most = STEP ** (POWERS[0] / power)
+        columns, before = list(self.columns.values()), self.odds(last.keep)
 
         def order(place: int, gone: float) -> tuple[float, float]:
             times = _odds(gone) / before[place]
             price = max(last.prices[place], 0.0) * times**power
-            return (-inf if times < 1 / most else inf if times > most else price), times
+            return (-inf if times < 1 / reach else inf if times > reach else price), times
 
         return share(columns, self.goal(), order)
 
