@@ -22,7 +22,19 @@ from torchprune_ext._layers import Layer
 from torchprune_ext._ranks import Ranks
 from torchprune_ext.compensation.blocks import OTHER_WAY, replaced
 from torchprune_ext.compensation.coroutines import Call, Replay, running
-from torchprune_ext.compensation.scalings import Scaling, Step, Times, largest, might_scale, scale_and_shift, scales
+from torchprune_ext.compensation.scalings import (
+    Affine,
+    Scaling,
+    Step,
+    Times,
+    alike,
+    calls,
+    might_scale,
+    probe_of,
+    probed,
+    scale_and_shift,
+    scales,
+)
 
 Place = tuple[nn.Module, int | str]  # a module, and which of the arguments that it is called with
 
@@ -33,14 +45,16 @@ class Output(NamedTuple):
     Args:
         layer: the layer.
         reached: when it was.
-        probe: a sample of its output, with the largest size everywhere.
+        probe: a sample of its output, with the same size everywhere.
         steps: by what it was scaled since; None once it went into one more such step.
+        affine: what each of these that is a module did.
     """
 
     layer: Layer
     reached: int
     probe: Tensor
     steps: tuple[Step, ...] | None
+    affine: tuple[Affine, ...] = ()
 
 
 class Sum(NamedTuple):
@@ -50,15 +64,20 @@ class Sum(NamedTuple):
         places: where what is added passes by.
         steps: by what the output is scaled before.
         probe: as of :class:`Output`.
+        affine: as of :class:`Output`.
     """
 
     places: Sequence[Place]
     steps: tuple[Step, ...]
     probe: Tensor
+    affine: tuple[Affine, ...]
 
-    def also(self, other: "Sum | None") -> "Sum":
-        """Return what holds in another run too."""
-        found = other.places if other is not None and other.steps == self.steps else ()
+    def also(self, other: "Sum | None", *, dense: bool = False) -> "Sum":
+        """Return what holds in another run too, one of the dense model if ``dense``."""
+        same = other is not None and other.steps == self.steps
+        if same and other is not None and not dense:
+            same = all(alike(*pair, self.probe) for pair in zip(self.affine, other.affine, strict=True))
+        found = other.places if same and other is not None else ()
         return self._replace(places=[place for place in self.places if place in found])
 
 
@@ -78,29 +97,38 @@ class Residuals:
         self.held: dict[Call, dict[Layer, tuple[Any, object]]] = defaultdict(dict)  # with the block that was passed
 
     @contextmanager
-    def looking(self) -> Iterator["Watch"]:
+    def looking(self, *, dense: bool = False) -> Iterator["Watch"]:
         """Find the places while the model runs once; tell what the context gives of each layer's output.
 
-        After several runs, as with batches of several shapes, the places are those that all of them have.
+        After several runs, as with batches of several shapes, the places are those that all of them have. With
+        ``dense`` it is the dense model that runs, in which modules may scale by something else.
         """
         with Watch(self.model, self.layers) as watch:
             yield watch
         found = watch.found()
         if self.found is not None:
-            found = {layer: each.also(found.get(layer)) for layer, each in self.found.items()}
+            found = {layer: each.also(found.get(layer), dense=dense) for layer, each in self.found.items()}
         self.found, self.places = found, {layer: each.places[-1] for layer, each in found.items() if each.places}
+
+    def scaled(self) -> dict[Layer, Sum]:
+        """Return the sums before which the output is scaled."""
+        return {layer: each for layer, each in (self.found or {}).items() if each.steps and each.places}
 
     def measure(self, dense: AbstractContextManager[None]) -> None:
         """Find out by how much outputs are scaled before something is added, now and with the ``dense`` tensors."""
-        scaled = {layer: each for layer, each in (self.found or {}).items() if each.steps and each.places}
+        scaled = self.scaled()
         with dense:
-            theirs = {layer: scale_and_shift(layer, each.steps, each.probe) for layer, each in scaled.items()}
+            theirs = {layer: scale_and_shift(layer, calls(each.steps), each.probe) for layer, each in scaled.items()}
         for layer, each in scaled.items():
-            self.scalings[layer] = Scaling.of(scale_and_shift(layer, each.steps, each.probe), theirs[layer])
+            scaling = Scaling.of(scale_and_shift(layer, calls(each.steps), each.probe), theirs[layer])
+            if scaling.counts.any():
+                self.scalings[layer] = scaling
+            else:
+                del self.places[layer]  # nothing of it gets into the sum
 
     def scale_of(self, layer: Layer) -> Tensor | None:
         """Return by how much outputs of ``layer`` are scaled, ``(groups, outputs)``; None if they are not."""
-        return layer.outputs(self.scalings[layer].scale.abs()).squeeze(1) if layer in self.scalings else None
+        return layer.outputs(self.scalings[layer].scale.abs()[None]).squeeze(1) if layer in self.scalings else None
 
     def agree(self, ranks: Ranks) -> None:
         """Keep the sums of those layers for which all ranks have one, after the same steps."""
@@ -186,7 +214,7 @@ class Watch(TorchDispatchMode):
     def gives(self, layer: Layer, y: Tensor) -> None:
         """Follow the output ``y`` of a layer that is reached now."""
         if y.numel():
-            self.outputs[y] = Output(layer, self.time, torch.full_like(y[:1], largest(y)), ())
+            self.outputs[y] = Output(layer, self.time, probe_of(y), ())
 
     def kept(self) -> None:
         """Take note of outputs of layers that are held: in what the model hands out, by a module, in a cache."""
@@ -208,36 +236,40 @@ class Watch(TorchDispatchMode):
     def _through(self, module: nn.Module, forward: Any, y: Tensor) -> Any:
         """Call a module with the output of a layer, and see whether it only scales that."""
         output, version = self.outputs.pop(y), y._version  # what is done with it meanwhile is looked at as a whole
+        affine = probed(output.layer, forward, y)  # before, so that what the module keeps is of the model's own call
         z = forward(y)
-        scaled = scales(output.layer, forward, y, z)
+        same = y._version == version
+        scaled = same and scales(affine, y, z)
         self.outputs[y] = output
         if scaled:
-            return self._scaled(y, module, z)
-        if z is not y or y._version != version:
+            return self._scaled(y, module, z, affine)
+        if z is not y or not same:
             self.others.add(output.layer)
         return z
 
-    def _scaled(self, y: Tensor, step: Step, z: Tensor) -> Tensor:
+    def _scaled(self, y: Tensor, step: Step, z: Tensor, affine: Affine | None = None) -> Tensor:
         """Follow ``z``, which a ``step`` made of the output ``y`` of a layer, or of what became of it."""
         output = self.outputs[y]
         if output.steps is None or output.layer in self.sums:
             self.others.add(output.layer)
         else:
-            self.outputs[z], self.outputs[y] = output._replace(steps=(*output.steps, step)), output._replace(steps=None)
+            more = () if affine is None else (affine,)
+            self.outputs[z] = output._replace(steps=(*output.steps, step), affine=(*output.affine, *more))
+            self.outputs[y] = output._replace(steps=None)
         return z
 
     def _used(self, y: Tensor, func: Any, args: Any, kwargs: Any) -> None:
         """Take note of what is added to ``y``, or of another use."""
-        layer, reached, probe, steps = self.outputs[y]
+        layer, reached, probe, steps, affine = self.outputs[y]
         added = func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and not kwargs
         other: Any = next((term for term in args if term is not y), None) if added else None
-        alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (y.shape, y.dtype)
-        if not alike or steps is None or layer in self.sums:
+        fits = isinstance(other, Tensor) and (other.shape, other.dtype) == (y.shape, y.dtype)
+        if not fits or steps is None or layer in self.sums:
             self.others.add(layer)
             return
         passed, now = self.arguments.get(other, []), other._version
         places = [place for time, place, version in passed if time <= reached and version == now]
-        self.sums[layer] = Sum(places, steps, probe)
+        self.sums[layer] = Sum(places, steps, probe, affine)
         if func is torch.ops.aten.add_.Tensor and args[0] is y:
             del self.outputs[y]  # which is the sum from now on
 

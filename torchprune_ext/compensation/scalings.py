@@ -36,13 +36,14 @@ class Times(NamedTuple):
 
 
 Step = nn.Module | Times
+Affine = tuple[Tensor, Tensor]  # by what each channel is multiplied, and what is added
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scaling:
     """By what the output of a layer is multiplied before it goes into a sum, each channel by its own.
 
-    All tensors broadcast to the output.
+    All tensors broadcast to the output, whatever axes it has before that of the channels.
 
     Args:
         scale: of the pruned model.
@@ -57,7 +58,7 @@ class Scaling:
     counts: Tensor
 
     @classmethod
-    def of(cls, pruned: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor]) -> "Scaling":
+    def of(cls, pruned: Affine, dense: Affine) -> "Scaling":
         """Return it for the scale and shift of both models."""
         scale, shift = pruned
         finite = scale.isfinite() & shift.isfinite() & dense[0].isfinite() & dense[1].isfinite()
@@ -81,9 +82,7 @@ def channel_axis(layer: Layer, y: Tensor) -> int:
     return 1 if layer.convolution else y.dim() - 1
 
 
-def scale_and_shift(
-    layer: Layer, steps: Sequence[Step | Callable[[Tensor], Tensor]], probe: Tensor
-) -> tuple[Tensor, Tensor]:
+def scale_and_shift(layer: Layer, steps: Sequence[Times | Callable[[Tensor], Any]], probe: Tensor) -> Affine:
     """Return by what ``steps`` multiply each channel and what they add, if that is all they do.
 
     Args:
@@ -94,25 +93,57 @@ def scale_and_shift(
     high, low = (reduce(lambda y, step: step(y), steps, each) for each in (probe, -probe))
     high, low = high.to(wide(high.dtype)), low.to(wide(low.dtype))
     axis = channel_axis(layer, probe)
-    shape = [probe.shape[place] if place == axis else 1 for place in range(probe.dim())]
+    shape = [-1, *[1] * (probe.dim() - 1 - axis)]  # for outputs with any axes before
     scale, shift = (high - low) / (2 * probe.flatten()[0].to(high)), (high + low) / 2
     return tuple(each.movedim(axis, -1).flatten(0, -2)[0].view(shape) for each in (scale, shift))  # type: ignore[return-value]
+
+
+def calls(steps: Sequence[Step]) -> Sequence[Times | Callable[[Tensor], Any]]:
+    """Return ``steps`` without the hooks of modules, which are none of users' calls; what hooks do is a step itself."""
+    return [step.forward if isinstance(step, nn.Module) else step for step in steps]
 
 
 def might_scale(module: nn.Module, layer: Layer, y: Tensor) -> bool:
     """Return whether ``module`` may scale the channels of a layer's output: it has a value for each, and no more."""
     tensors, channels = [*module.parameters(), *module.buffers()], y.shape[channel_axis(layer, y)]
-    alone = next(module.children(), None) is None
+    alone = next(module.children(), None) is None and not module._forward_pre_hooks  # which may set what it reads
     return alone and bool(tensors) and all(each.numel() in (1, channels) for each in tensors)
 
 
-def scales(layer: Layer, forward: Callable[[Tensor], Tensor], y: Tensor, z: Any) -> bool:
-    """Return whether ``forward``, which made ``z`` of the output ``y`` of a layer, scales and shifts its channels."""
+def probed(layer: Layer, forward: Callable[[Tensor], Tensor], y: Tensor) -> Affine | None:
+    """Return what ``forward`` seems to do with outputs like ``y``; None if it cannot be asked.
+
+    Half the largest size is what tells apart a division by that.
+    """
+    try:
+        return scale_and_shift(layer, [forward], probe_of(y))
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+        return None  # as where it needs whole batches, or gives something else than a tensor
+
+
+def scales(affine: Affine | None, y: Tensor, z: Any) -> bool:
+    """Return whether that is what made ``z`` of the output ``y`` of a layer."""
     if type(z) is not Tensor or z is y or (z.shape, z.dtype) != (y.shape, y.dtype) or not z.is_floating_point():
         return False
-    scale, shift = scale_and_shift(layer, [forward], torch.full_like(y[:1], largest(y)))
+    if affine is None:
+        return False
+    scale, shift = affine
     off = (y.to(scale) * scale + shift - z.to(scale)).abs()
     return bool((off <= OFF.get(y.dtype, OFF_HALF) * largest(z)).all())
+
+
+def alike(one: Affine, other: Affine, probe: Tensor) -> bool:
+    """Return whether two scales and shifts are the same, as far as outputs like ``probe`` tell."""
+    size, off = largest(probe), OFF.get(probe.dtype, OFF_HALF)
+    ones, others = (torch.cat([scale.flatten() * size, shift.flatten()]) for scale, shift in (one, other))
+    return ones.shape == others.shape and torch.allclose(
+        ones, others, rtol=off, atol=off * largest(ones), equal_nan=True
+    )
+
+
+def probe_of(y: Tensor) -> Tensor:
+    """Return a sample of ``y`` with half the largest size everywhere."""
+    return torch.full_like(y[:1], largest(y) / 2)
 
 
 def largest(y: Tensor) -> float:

@@ -103,9 +103,14 @@ class Pass:
                 self._rehearse(batches[0], sample_axes=any(batch.mask is not None for batch in batches))
                 first = batches[0].shapes()
                 unlike = next((batch for batch in batches if batch.shapes() != first), None)
+                if unlike is None and len(batches) > 1 and self.residuals.scaled():
+                    unlike = batches[-1]  # in which the scale may be another
                 if self.sums and unlike is not None:
                     with self.residuals.looking() as watch:
                         self._seen(unlike.inputs, watch=watch)
+                if self.residuals.scaled():
+                    with self.residuals.looking(dense=True) as watch, holding(self.reference):
+                        self._seen(batches[0].inputs, watch=watch)
                 self.residuals.measure(holding(self.reference))
             self.residuals.agree(self.run.ranks)
             modules, device = [layer.module for layer in self.layers], self.run.tensors[0].device.type
