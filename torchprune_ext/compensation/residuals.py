@@ -23,12 +23,14 @@ from torchprune_ext._ranks import Ranks
 from torchprune_ext.compensation.blocks import OTHER_WAY, replaced
 from torchprune_ext.compensation.coroutines import Call, Replay, running
 from torchprune_ext.compensation.scalings import (
+    LEAST,
     Affine,
     Scaling,
     Step,
     Times,
     alike,
     calls,
+    largest,
     might_scale,
     probe_of,
     probed,
@@ -207,7 +209,7 @@ class Watch(TorchDispatchMode):
                 passed.append((self.time, (module, key), value._version))
         alone = len(args) == 1 and not kwargs and type(args[0]) is Tensor and module not in self.listed
         output = self.outputs.get(args[0]) if alone else None
-        if output is None or not might_scale(module, output.layer, args[0]):
+        if output is None or args[0].is_inference() or not might_scale(module, output.layer, args[0]):
             return forward(*args, **kwargs)
         return self._through(module, forward, args[0])
 
@@ -267,8 +269,10 @@ class Watch(TorchDispatchMode):
         if not fits or steps is None or layer in self.sums:
             self.others.add(layer)
             return
-        passed, now = self.arguments.get(other, []), other._version
-        places = [place for time, place, version in passed if time <= reached and version == now]
+        passed = self.arguments.get(other, [])  # nothing for inference tensors, which have no version
+        places = [place for time, place, version in passed if time <= reached and version == other._version]
+        if steps and largest(y) <= LEAST * largest(other):
+            places = []  # what it gives is too little to make up for anything
         self.sums[layer] = Sum(places, steps, probe, affine)
         if func is torch.ops.aten.add_.Tensor and args[0] is y:
             del self.outputs[y]  # which is the sum from now on

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchprune_ext._layers import Layer
 from torchprune_ext._runs import wide
 
-LEAST = 1e-3  # of the largest scale: with less, a channel gives too little to be fitted to what it goes into
+LEAST = 1e-3  # of the largest scale, and an output of what it is added to: less is too little to be fitted to a sum
 OFF = {torch.float64: 1e-6, torch.float32: 1e-3}  # most by which scale and shift may miss a module's output
 OFF_HALF = 3e-2  # the same in half precision
 
