@@ -139,6 +139,8 @@ class Residuals:
             if 0 in codes or len(set(codes)) > 1:
                 self.places.pop(layer, None)
                 self.scalings.pop(layer, None)
+            elif layer in self.scalings:  # measured on other outputs, and so rounded in another way
+                self.scalings[layer] = self.scalings[layer].of_first(ranks)
 
     def _told(self, layer: Layer) -> int:
         """Return a number for the steps before the sum, 0 for none."""

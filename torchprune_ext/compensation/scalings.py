@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_ext._layers import Layer
+from torchprune_ext._ranks import Ranks
 from torchprune_ext._runs import wide
 
 LEAST = 1e-3  # of the largest scale, and an output of what it is added to: less is too little to be fitted to a sum
@@ -67,6 +68,10 @@ class Scaling:
         ratio = torch.where(counts, dense[0] / scale, 1.0)
         offset = torch.where(counts, (dense[1] - shift) / scale, 0.0)
         return cls(torch.where(finite, scale, 0.0), ratio, offset, counts)
+
+    def of_first(self, ranks: Ranks) -> "Scaling":
+        """Return that of the first rank, bit for bit."""
+        return Scaling(*[ranks.first(each) for each in (self.scale, self.ratio, self.offset, self.counts)])
 
     def own(self, y: Tensor) -> Tensor:
         """Return what the layer has to give for both models to give the same, where the dense one gives ``y``."""
