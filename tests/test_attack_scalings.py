@@ -71,9 +71,10 @@ OTHERS = {
 }
 
 
+@pytest.mark.parametrize("sizes", [(20, 13), (20, 20)])  # with others or without, for another look
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_scaling_leaves_a_layer_as_it_is(name):
-    same_as_definition(OTHERS[name], False)
+def test_what_is_no_scaling_leaves_a_layer_as_it_is(name, sizes):
+    same_as_definition(OTHERS[name], False, sizes=sizes)
 
 
 def test_a_module_that_takes_whole_batches_only_is_no_scaling():
@@ -180,10 +181,13 @@ def test_all_ranks_scale_as_the_first():
 
 
 def test_half_precision_stays_finite_where_next_to_nothing_is_added():
-    model = built((Tokens, lambda: nn.BatchNorm1d(4).apply(lambda m: nn.init.constant_(m.weight, 1e-5)), ROWS)).half()
+    torch.manual_seed(0)
+    little = nn.BatchNorm1d(4)
+    nn.init.constant_(little.weight, 1e-5)
+    model = nn.Sequential(Tokens(), Tokens(lambda: little), nn.Linear(4, 3)).eval().half()
     batches = [(x * 60, None) for x, _ in data(ROWS, (40, 30), dtype=torch.float16)]
     prune_and_compensate(model, batches, pairs(model), target_sparsity=0.7)
-    assert max(float(module.weight.detach().abs().max()) for module, _ in pairs(model)) < 100
+    assert all(module.weight.isfinite().all() and module.weight.abs().max() < 100 for module, _ in pairs(model))
 
 
 def test_what_modules_keep_is_as_before():

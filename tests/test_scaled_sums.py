@@ -299,9 +299,9 @@ def by_definition(model, dense, masks, batches, sums):
     return errors
 
 
-def same_as_definition(case, sums, change=None):
+def same_as_definition(case, sums, change=None, sizes=(20, 13)):
     model, plain, dense = (built(case) for _ in range(3))
-    batches = data(case[2], (20, 13))
+    batches = data(case[2], sizes)
     for each in (model, plain) if change else ():
         change(each)
     for module, name in pairs(model):
