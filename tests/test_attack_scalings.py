@@ -194,3 +194,30 @@ def test_what_modules_keep_is_as_before():
     model = built((Tokens, lambda: Keeps(4), TOKENS))
     prune_and_compensate(model, data(TOKENS, (20, 13)), pairs(model), target_sparsity=0.5)
     assert not {"last", "forward"} & vars(model[0].after).keys()
+
+
+class Derived(LayerScale):
+    """Keeps what it has made of its parameter."""
+
+    kept = None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = 2 * self.gamma
+        return x * self.kept
+
+
+class Doubling(LayerScale):
+    def forward(self, x):
+        return x * (2 * self.gamma)
+
+
+def test_what_a_module_derives_from_its_tensors_is_derived_anew_in_the_dense_model():
+    models = [built((Tokens, lambda scale=scale: scale(4), TOKENS)) for scale in (Derived, Doubling)]
+    for model in models:
+        dense = copy.deepcopy(model)
+        for block in dense[:2]:
+            block.after.gamma.data *= 1.5
+        prune_and_compensate(model, data(TOKENS, (20, 13)), pairs(model), target_sparsity=0.5, dense=dense)
+    for (one, _), (other, _) in zip(*map(pairs, models), strict=True):
+        torch.testing.assert_close(one.weight, other.weight)

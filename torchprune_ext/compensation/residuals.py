@@ -29,12 +29,11 @@ from torchprune_ext.compensation.scalings import (
     Step,
     Times,
     alike,
-    calls,
+    composed,
     largest,
     might_scale,
     probe_of,
     probed,
-    scale_and_shift,
     scales,
 )
 
@@ -67,20 +66,25 @@ class Sum(NamedTuple):
         steps: by what the output is scaled before.
         probe: as of :class:`Output`.
         affine: as of :class:`Output`.
+        dense: the same in the dense model.
     """
 
     places: Sequence[Place]
     steps: tuple[Step, ...]
     probe: Tensor
     affine: tuple[Affine, ...]
+    dense: tuple[Affine, ...] = ()
 
     def also(self, other: "Sum | None", *, dense: bool = False) -> "Sum":
         """Return what holds in another run too, one of the dense model if ``dense``."""
-        same = other is not None and other.steps == self.steps
-        if same and other is not None and not dense:
-            same = all(alike(*pair, self.probe) for pair in zip(self.affine, other.affine, strict=True))
-        found = other.places if same and other is not None else ()
-        return self._replace(places=[place for place in self.places if place in found])
+        if other is None or other.steps != self.steps:
+            return self._replace(places=[])
+        same = [alike(*pair, self.probe, closely=dense) for pair in zip(self.affine, other.affine, strict=True)]
+        places = [place for place in self.places if place in other.places]
+        if not dense:
+            return self._replace(places=places if all(same) else [])
+        theirs = zip(same, self.affine, other.affine, strict=True)  # rounding is no difference
+        return self._replace(places=places, dense=tuple(one if equal else each for equal, one, each in theirs))
 
 
 class Residuals:
@@ -116,13 +120,11 @@ class Residuals:
         """Return the sums before which the output is scaled."""
         return {layer: each for layer, each in (self.found or {}).items() if each.steps and each.places}
 
-    def measure(self, dense: AbstractContextManager[None]) -> None:
-        """Find out by how much outputs are scaled before something is added, now and with the ``dense`` tensors."""
-        scaled = self.scaled()
-        with dense:
-            theirs = {layer: scale_and_shift(layer, calls(each.steps), each.probe) for layer, each in scaled.items()}
-        for layer, each in scaled.items():
-            scaling = Scaling.of(scale_and_shift(layer, calls(each.steps), each.probe), theirs[layer])
+    def measure(self) -> None:
+        """Find out by how much outputs are scaled before something is added, from runs of both models."""
+        for layer, each in self.scaled().items():
+            ours, theirs = (composed(layer, each.steps, affine, each.probe) for affine in (each.affine, each.dense))
+            scaling = Scaling.of(ours, theirs)
             if scaling.counts.any():
                 self.scalings[layer] = scaling
             else:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -87,15 +86,15 @@ def channel_axis(layer: Layer, y: Tensor) -> int:
     return 1 if layer.convolution else y.dim() - 1
 
 
-def scale_and_shift(layer: Layer, steps: Sequence[Times | Callable[[Tensor], Any]], probe: Tensor) -> Affine:
-    """Return by what ``steps`` multiply each channel and what they add, if that is all they do.
+def scale_and_shift(layer: Layer, forward: Callable[[Tensor], Tensor], probe: Tensor) -> Affine:
+    """Return by what ``forward`` multiplies each channel and what it adds, if that is all it does.
 
     Args:
         layer: whose channels.
-        steps: taken one after the other.
-        probe: an output of the layer with the same value everywhere, as large as its outputs are.
+        forward: what gets an output of the layer.
+        probe: an output of the layer with the same value everywhere, of the size that its outputs have.
     """
-    high, low = (reduce(lambda y, step: step(y), steps, each) for each in (probe, -probe))
+    high, low = (forward(each) for each in (probe, -probe))
     high, low = high.to(wide(high.dtype)), low.to(wide(low.dtype))
     axis = channel_axis(layer, probe)
     shape = [-1, *[1] * (probe.dim() - 1 - axis)]  # for outputs with any axes before
@@ -103,15 +102,25 @@ def scale_and_shift(layer: Layer, steps: Sequence[Times | Callable[[Tensor], Any
     return tuple(each.movedim(axis, -1).flatten(0, -2)[0].view(shape) for each in (scale, shift))  # type: ignore[return-value]
 
 
-def calls(steps: Sequence[Step]) -> Sequence[Times | Callable[[Tensor], Any]]:
-    """Return ``steps`` without the hooks of modules, which are none of users' calls; what hooks do is a step itself."""
-    return [step.forward if isinstance(step, nn.Module) else step for step in steps]
+def composed(layer: Layer, steps: Sequence[Step], affine: Sequence[Affine], probe: Tensor) -> Affine:
+    """Return what all ``steps`` do, one after the other; ``affine`` tells what each of the modules among them does."""
+    axis, modules = channel_axis(layer, probe), iter(affine)
+    shape = [probe.shape[axis], *[1] * (probe.dim() - 1 - axis)]
+    scale = probe.new_ones(shape, dtype=wide(probe.dtype))
+    shift = torch.zeros_like(scale)
+    for step in steps:
+        if isinstance(step, Times):
+            scale, shift = step(scale), step(shift)
+        else:
+            times, more = next(modules)
+            scale, shift = scale * times, shift * times + more
+    return scale, shift
 
 
 def might_scale(module: nn.Module, layer: Layer, y: Tensor) -> bool:
     """Return whether ``module`` may scale the channels of a layer's output: it has a value for each, and no more."""
     tensors, channels = [*module.parameters(), *module.buffers()], y.shape[channel_axis(layer, y)]
-    alone = next(module.children(), None) is None and not module._forward_pre_hooks  # which may set what it reads
+    alone = next(module.children(), None) is None
     return alone and bool(tensors) and all(each.numel() in (1, channels) for each in tensors)
 
 
@@ -121,7 +130,7 @@ def probed(layer: Layer, forward: Callable[[Tensor], Tensor], y: Tensor) -> Affi
     Half the largest size is what tells apart a division by that.
     """
     try:
-        return scale_and_shift(layer, [forward], probe_of(y))
+        return scale_and_shift(layer, forward, probe_of(y))
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
         return None  # as where it needs whole batches, or gives something else than a tensor
 
@@ -137,9 +146,10 @@ def scales(affine: Affine | None, y: Tensor, z: Any) -> bool:
     return bool((off <= OFF.get(y.dtype, OFF_HALF) * largest(z)).all())
 
 
-def alike(one: Affine, other: Affine, probe: Tensor) -> bool:
-    """Return whether two scales and shifts are the same, as far as outputs like ``probe`` tell."""
-    size, off = largest(probe), OFF.get(probe.dtype, OFF_HALF)
+def alike(one: Affine, other: Affine, probe: Tensor, *, closely: bool = False) -> bool:
+    """Return whether two scales and shifts are the same for outputs like ``probe``, ``closely`` but for rounding."""
+    size = largest(probe)
+    off = 8 * torch.finfo(probe.dtype).eps if closely else OFF.get(probe.dtype, OFF_HALF)
     ones, others = (torch.cat([scale.flatten() * size, shift.flatten()]) for scale, shift in (one, other))
     return ones.shape == others.shape and torch.allclose(
         ones, others, rtol=off, atol=off * largest(ones), equal_nan=True

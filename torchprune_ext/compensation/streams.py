@@ -109,9 +109,11 @@ class Pass:
                     with self.residuals.looking() as watch:
                         self._seen(unlike.inputs, watch=watch)
                 if self.residuals.scaled():
+                    self.attributes.put()  # what modules have made of their own tensors
                     with self.residuals.looking(dense=True) as watch, holding(self.reference):
                         self._seen(batches[0].inputs, watch=watch)
-                self.residuals.measure(holding(self.reference))
+                    self.attributes.put()
+                self.residuals.measure()
             self.residuals.agree(self.run.ranks)
             modules, device = [layer.module for layer in self.layers], self.run.tensors[0].device.type
             with (
