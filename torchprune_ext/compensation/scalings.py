@@ -86,22 +86,6 @@ def channel_axis(layer: Layer, y: Tensor) -> int:
     return 1 if layer.convolution else y.dim() - 1
 
 
-def scale_and_shift(layer: Layer, forward: Callable[[Tensor], Tensor], probe: Tensor) -> Affine:
-    """Return by what ``forward`` multiplies each channel and what it adds, if that is all it does.
-
-    Args:
-        layer: whose channels.
-        forward: what gets an output of the layer.
-        probe: an output of the layer with the same value everywhere, of the size that its outputs have.
-    """
-    high, low = (forward(each) for each in (probe, -probe))
-    high, low = high.to(wide(high.dtype)), low.to(wide(low.dtype))
-    axis = channel_axis(layer, probe)
-    shape = [-1, *[1] * (probe.dim() - 1 - axis)]  # for outputs with any axes before
-    scale, shift = (high - low) / (2 * probe.flatten()[0].to(high)), (high + low) / 2
-    return tuple(each.movedim(axis, -1).flatten(0, -2)[0].view(shape) for each in (scale, shift))  # type: ignore[return-value]
-
-
 def composed(layer: Layer, steps: Sequence[Step], affine: Sequence[Affine], probe: Tensor) -> Affine:
     """Return what all ``steps`` do, one after the other; ``affine`` tells what each of the modules among them does."""
     axis, modules = channel_axis(layer, probe), iter(affine)
@@ -125,12 +109,16 @@ def might_scale(module: nn.Module, layer: Layer, y: Tensor) -> bool:
 
 
 def probed(layer: Layer, forward: Callable[[Tensor], Tensor], y: Tensor) -> Affine | None:
-    """Return what ``forward`` seems to do with outputs like ``y``; None if it cannot be asked.
+    """Return by what ``forward`` multiplies each channel of outputs like ``y`` and what it adds, as if that were all.
 
-    Half the largest size is what tells apart a division by that.
+    It is asked with half the largest size, which tells apart a division by that. None if it cannot be asked.
     """
+    probe, axis = probe_of(y), channel_axis(layer, y)
     try:
-        return scale_and_shift(layer, forward, probe_of(y))
+        high, low = (z.to(wide(z.dtype)) for z in (forward(probe), forward(-probe)))
+        half, shift = (each.movedim(axis, -1).flatten(0, -2)[0] for each in ((high - low) / 2, (high + low) / 2))
+        shape = [-1, *[1] * (y.dim() - 1 - axis)]  # for outputs with any axes before
+        return (half / probe.flatten()[0].to(half)).view(shape), shift.view(shape)
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
         return None  # as where it needs whole batches, or gives something else than a tensor
 
