@@ -77,7 +77,7 @@ class Case:
 
 def efficientnet(_: argparse.Namespace) -> Case:
     """Return EfficientNet-Lite0 and crops of two photographs, of different parts of them."""
-    learnt, reported = photograph_crops(96, seed=0), photograph_crops(128, seed=1, right=True)
+    learnt, reported = photograph_crops(96, seed=0), photograph_crops(512, seed=1, right=True)
     return Case(efficientnet_lite0(), list(learnt.split(BATCH)), reported)
 
 
