@@ -154,7 +154,9 @@ def test_a_number_that_is_another_in_the_dense_model_is_no_scaling():
 
 
 class Odd:
-    """A first rank whose tensors are a little larger."""
+    """Two, the first of which has tensors that are a little larger."""
+
+    group = object()
 
     def of_all(self, *numbers):
         return torch.tensor([numbers, numbers])

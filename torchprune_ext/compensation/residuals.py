@@ -7,7 +7,7 @@ the channels of its output may be scaled and shifted, as by a BatchNorm.
 
 import gc
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -48,7 +48,7 @@ class Output(NamedTuple):
         reached: when it was.
         probe: a sample of its output, with the same size everywhere.
         steps: by what it was scaled since; None once it went into one more such step.
-        affine: what each of these that is a module did.
+        affine: what each of these did.
     """
 
     layer: Layer
@@ -123,8 +123,7 @@ class Residuals:
     def measure(self) -> None:
         """Find out by how much outputs are scaled before something is added, from runs of both models."""
         for layer, each in self.scaled().items():
-            ours, theirs = (composed(layer, each.steps, affine, each.probe) for affine in (each.affine, each.dense))
-            scaling = Scaling.of(ours, theirs)
+            scaling = Scaling.of(composed(each.affine), composed(each.dense))
             if scaling.counts.any():
                 self.scalings[layer] = scaling
             else:
@@ -136,7 +135,10 @@ class Residuals:
 
     def agree(self, ranks: Ranks) -> None:
         """Keep the sums of those layers for which all ranks have one, after the same steps."""
-        told = ranks.of_all(*[self._told(layer) for layer in self.layers])
+        if ranks.group is None:
+            return
+        names = {module: name for name, module in self.model.named_modules()}
+        told = ranks.of_all(*[self._told(layer, names) for layer in self.layers])
         for layer, codes in zip(self.layers, told.t().tolist(), strict=True):
             if 0 in codes or len(set(codes)) > 1:
                 self.places.pop(layer, None)
@@ -144,11 +146,10 @@ class Residuals:
             elif layer in self.scalings:  # measured on other outputs, and so rounded in another way
                 self.scalings[layer] = self.scalings[layer].of_first(ranks)
 
-    def _told(self, layer: Layer) -> int:
-        """Return a number for the steps before the sum, 0 for none."""
+    def _told(self, layer: Layer, names: Mapping[Any, str]) -> int:
+        """Return a number for the steps before the sum, 0 for none; ``names`` are those of the modules."""
         if layer not in self.places:
             return 0
-        names = {module: name for name, module in self.model.named_modules()}
         steps = [names.get(step, step) for step in (self.found or {})[layer].steps]
         return 1 + crc32(str(steps).encode())
 
@@ -234,7 +235,8 @@ class Watch(TorchDispatchMode):
         found = [tensor for tensor in tensors_in([args, kwargs]) if tensor in self.outputs]
         times = Times.of(func, args, kwargs) if found else None
         if times is not None:
-            return self._scaled(found[0], times, func(*args, **kwargs))
+            y, z = args[0], func(*args, **kwargs)
+            return self._scaled(y, times, z, times.affine(self.outputs[y].layer, y))
         for tensor in found:
             self._used(tensor, func, args, kwargs)
         return func(*args, **kwargs)
@@ -245,22 +247,21 @@ class Watch(TorchDispatchMode):
         affine = probed(output.layer, forward, y)  # before, so that what the module keeps is of the model's own call
         z = forward(y)
         same = y._version == version
-        scaled = same and scales(affine, y, z)
+        scaled = bool(same and affine and scales(affine, y, z))
         self.outputs[y] = output
-        if scaled:
+        if scaled and affine:
             return self._scaled(y, module, z, affine)
         if z is not y or not same:
             self.others.add(output.layer)
         return z
 
-    def _scaled(self, y: Tensor, step: Step, z: Tensor, affine: Affine | None = None) -> Tensor:
+    def _scaled(self, y: Tensor, step: Step, z: Tensor, affine: Affine) -> Tensor:
         """Follow ``z``, which a ``step`` made of the output ``y`` of a layer, or of what became of it."""
         output = self.outputs[y]
         if output.steps is None or output.layer in self.sums:
             self.others.add(output.layer)
         else:
-            more = () if affine is None else (affine,)
-            self.outputs[z] = output._replace(steps=(*output.steps, step), affine=(*output.affine, *more))
+            self.outputs[z] = output._replace(steps=(*output.steps, step), affine=(*output.affine, affine))
             self.outputs[y] = output._replace(steps=None)
         return z
 

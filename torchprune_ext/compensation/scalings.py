@@ -30,9 +30,10 @@ class Times(NamedTuple):
         plain = isinstance(args[0], Tensor) and isinstance(args[1], (int, float)) and not isinstance(args[1], bool)
         return cls(operation, args[1]) if plain else None
 
-    def __call__(self, y: Tensor) -> Tensor:
-        """Return the product or the quotient."""
-        return self.operation(y, self.number)
+    def affine(self, layer: Layer, y: Tensor) -> "Affine":
+        """Return what it does to each channel of outputs like ``y``."""
+        ones = y.new_ones(channel_shape(layer, y), dtype=wide(y.dtype))
+        return self.operation(ones, self.number), torch.zeros_like(ones)
 
 
 Step = nn.Module | Times
@@ -86,18 +87,17 @@ def channel_axis(layer: Layer, y: Tensor) -> int:
     return 1 if layer.convolution else y.dim() - 1
 
 
-def composed(layer: Layer, steps: Sequence[Step], affine: Sequence[Affine], probe: Tensor) -> Affine:
-    """Return what all ``steps`` do, one after the other; ``affine`` tells what each of the modules among them does."""
-    axis, modules = channel_axis(layer, probe), iter(affine)
-    shape = [probe.shape[axis], *[1] * (probe.dim() - 1 - axis)]
-    scale = probe.new_ones(shape, dtype=wide(probe.dtype))
-    shift = torch.zeros_like(scale)
-    for step in steps:
-        if isinstance(step, Times):
-            scale, shift = step(scale), step(shift)
-        else:
-            times, more = next(modules)
-            scale, shift = scale * times, shift * times + more
+def channel_shape(layer: Layer, y: Tensor) -> list[int]:
+    """Return the shape of one value for each channel, which broadcasts to ``y``, and to what has more axes before."""
+    axis = channel_axis(layer, y)
+    return [y.shape[axis], *[1] * (y.dim() - 1 - axis)]
+
+
+def composed(affine: Sequence[Affine]) -> Affine:
+    """Return what one or more steps do, one after the other."""
+    scale, shift = affine[0]
+    for times, more in affine[1:]:
+        scale, shift = scale * times, shift * times + more
     return scale, shift
 
 
@@ -117,17 +117,15 @@ def probed(layer: Layer, forward: Callable[[Tensor], Tensor], y: Tensor) -> Affi
     try:
         high, low = (z.to(wide(z.dtype)) for z in (forward(probe), forward(-probe)))
         half, shift = (each.movedim(axis, -1).flatten(0, -2)[0] for each in ((high - low) / 2, (high + low) / 2))
-        shape = [-1, *[1] * (y.dim() - 1 - axis)]  # for outputs with any axes before
+        shape = channel_shape(layer, y)
         return (half / probe.flatten()[0].to(half)).view(shape), shift.view(shape)
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
         return None  # as where it needs whole batches, or gives something else than a tensor
 
 
-def scales(affine: Affine | None, y: Tensor, z: Any) -> bool:
+def scales(affine: Affine, y: Tensor, z: Any) -> bool:
     """Return whether that is what made ``z`` of the output ``y`` of a layer."""
     if type(z) is not Tensor or z is y or (z.shape, z.dtype) != (y.shape, y.dtype) or not z.is_floating_point():
-        return False
-    if affine is None:
         return False
     scale, shift = affine
     off = (y.to(scale) * scale + shift - z.to(scale)).abs()
